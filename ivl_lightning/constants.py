@@ -1,0 +1,39 @@
+"""Numbers and names that every room shares. Sources: InternVL `constants.py`, `dataset.py`, `conversation.py`."""
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained."""
+
+TILE_SIZE = 448
+"""Side of a tile in pixels."""
+
+PATCH_SIZE = 14
+"""Side of a ViT patch in pixels."""
+
+DOWNSAMPLE_RATIO = 0.5
+"""Pixel unshuffle: the side of the token grid over the side of the patch grid."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+IMAGE_START_TOKEN = "<img>"
+IMAGE_END_TOKEN = "</img>"
+IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"
+
+SPECIAL_TOKENS = (
+    IMAGE_START_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_CONTEXT_TOKEN,
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)
+"""The nine tokens added to every language model's tokenizer, in the official order."""
+
+RESERVED_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
+"""Tokens that the trainer writes itself; in a user's text they would forge an image slot."""
+
+IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"

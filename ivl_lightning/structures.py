@@ -1,0 +1,211 @@
+"""Small frozen records that cross rooms, and the one error a bad row raises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Role = Literal["system", "human", "gpt"]
+
+
+class RowError(ValueError):
+    """A row that cannot be used. It goes to the ledger; it is never swapped for another row.
+
+    Args:
+        reason: a short class of fault, stable enough to count (`placeholder_count`, `file_missing`, ...).
+        message: one sentence for a person: what is wrong and what to do.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        # Worker processes hand errors back by pickle, which by default would drop the reason.
+        return type(self), (self.reason, self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation, as written in the data."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of an annotation file with its place, so that every error can name it."""
+
+    dataset: str
+    file: str
+    line: int
+    row: dict[str, object]
+
+    @property
+    def id(self) -> str | None:
+        """The row's own `id`, if it has one."""
+        value = self.row.get("id")
+        return None if value is None else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A ledger line: which row was not used, and why. `counted` is false for rows set aside on purpose."""
+
+    dataset: str
+    file: str
+    line: int
+    id: str | None
+    reason: str
+    message: str
+    counted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCost:
+    """What a sample costs, known before a pixel is decoded.
+
+    Attributes:
+        tokens: length of `input_ids`.
+        labels: supervised tokens, the first token of the document left out.
+        tiles: tiles per image, in order; empty for text.
+    """
+
+    tokens: int
+    labels: int
+    tiles: tuple[int, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """All tiles of the sample."""
+        return sum(self.tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample ready for a pack.
+
+    Attributes:
+        input_ids, labels: token ids and labels of equal length (`IGNORE_INDEX` = not trained).
+        pixel_values: uint8 tiles `[N, 3, S, S]`, or None for text.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Samples that share one row of tokens.
+
+    Attributes:
+        samples: row numbers, in document order.
+        tokens, tiles: their sums.
+    """
+
+    samples: tuple[int, ...]
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPack:
+    """A pack with its place in the run: what a worker needs to build one micro-batch.
+
+    Attributes:
+        pack: the samples; empty where a rank has nothing left in the epoch's last step.
+        epoch, step, micro_step: step counts within the epoch, micro_step within the step.
+        num_micro_steps: micro-steps of a step on this rank (A).
+        packs_per_step: packs of a step over all ranks (A * R).
+        weight_sum: the step's planned sum of loss weights over all its packs (W).
+        progress: share of the run's samples consumed once this step is done, 0 to 1.
+    """
+
+    pack: Pack
+    epoch: int
+    step: int
+    micro_step: int
+    num_micro_steps: int
+    packs_per_step: int
+    weight_sum: float
+    progress: float
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch: documents side by side in one row of L tokens.
+
+    Attributes:
+        input_ids, position_ids, labels: `[1, L]`; positions restart at 0 in each document.
+        cu_seqlens: int32 `[D + 1]`, cumulative document lengths from 0 to L.
+        pixel_values: uint8 `[N, 3, S, S]`; N may be 0.
+        loss_rows: int64 `[n]`, positions whose hidden state predicts a supervised token.
+        loss_targets: int64 `[n]`, the tokens they predict.
+        loss_weights: float32 `[n]`, weight of each by the reweighting rule.
+        loss_datasets: int64 `[n]`, number of the dataset each belongs to.
+        sample_ids: dataset/file:line of each document, for error messages.
+        planned: where this batch stands in the run.
+        rejects: samples of the pack that could not be read.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    pixel_values: Tensor
+    loss_rows: Tensor
+    loss_targets: Tensor
+    loss_weights: Tensor
+    loss_datasets: Tensor
+    sample_ids: tuple[str, ...]
+    planned: PlannedPack
+    rejects: tuple[Reject, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Questions to answer by generation, padded on the left.
+
+    Attributes:
+        input_ids, attention_mask: `[B, L]`.
+        pixel_values: uint8 `[N, 3, S, S]`; N may be 0.
+        expected: the answer in the data, one per row.
+        records: where each row stands.
+        counted: false for rows that only keep ranks in step.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor
+    expected: tuple[str, ...]
+    records: tuple[Record, ...]
+    counted: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A loss and the parts a user wants to see.
+
+    Attributes:
+        loss: scalar to differentiate.
+        parts: detached scalars by name.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer beside the expected one, for scores, sample cards and the report."""
+
+    record: Record
+    question: str
+    expected: str
+    generated: str
