@@ -1,0 +1,176 @@
+"""A row's conversation as token ids and labels: turns -> text of a chat template -> `input_ids`, `labels`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ivl_lightning.constants import (
+    IGNORE_INDEX,
+    IMAGE_CONTEXT_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START_TOKEN,
+)
+from ivl_lightning.data.templates import Template, get_template
+from ivl_lightning.data.turns import ImageLabels, last_question, parse_turns, place_images, split_last_answer
+from ivl_lightning.models.tokenizer import image_token_id, prompt_start_ids
+from ivl_lightning.structures import RowError, Turn
+
+__all__ = ["ImageLabels", "encode_prompt", "encode_row", "last_question", "parse_turns", "split_last_answer"]
+
+_IMAGE_SLOT = IMAGE_START_TOKEN + IMAGE_CONTEXT_TOKEN + IMAGE_END_TOKEN
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of the prompt that is trained as a whole or not at all."""
+
+    text: str
+    trained: bool = False
+
+
+def encode_row(
+    row: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "internvl2_5",
+    num_image_tokens: Sequence[int] | int = (),
+    image_labels: ImageLabels = "keep",
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a whole conversation, uncut and unpadded.
+
+    The ids are those of the original's `preprocess_*` functions (InternVL `dataset.py`). Each image is one `<img>`, its
+    context tokens and one `</img>`. Trained are the text and the end marker of each answer, and nothing else: not the
+    header, not the newline after the end marker. A token that reaches from the header into the answer counts as header.
+
+    Labels differ from the original on purpose where it finds the answers of the older templates by tokenizing pieces
+    again and counting: when the count fails (a chat marker inside a text is enough) it drops all labels of the sample
+    and only prints a warning. Here the answers are found by character position, which cannot fail. An empty answer
+    trains its end marker with `internvl2_5`; the older templates write no end marker for it, so nothing is trained.
+
+    Args:
+        row: the row as in the JSONL.
+        tokenizer: a fast tokenizer with the special tokens, as `load_tokenizer` returns it.
+        template: name of a chat template.
+        num_image_tokens: number of context tokens of each image, or of each frame of the video; one int for one image.
+        image_labels: `auto` numbers the images of a multi-image row that has no labels; see `place_images`.
+
+    Returns:
+        `input_ids` and `labels` of equal length, `IGNORE_INDEX` where nothing is trained.
+
+    Raises:
+        RowError: the row cannot be used; reasons as in `parse_turns` and `place_images`, and `system_turn` if the
+            template has no place for a system turn.
+        ValueError: the template or tokenizer does not fit, or `num_image_tokens` contradicts the row.
+    """
+    chat = get_template(template)
+    counts = _image_counts(num_image_tokens)
+    turns = place_images(row, parse_turns(row), len(counts), image_labels)
+    blocks = [_turn_pieces(turn, chat) for turn in _with_system(turns, chat)]
+    return _encode(_join_blocks(blocks, chat), tokenizer, counts)
+
+
+def encode_prompt(
+    row: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "internvl2_5",
+    num_image_tokens: Sequence[int] | int = (),
+    image_labels: ImageLabels = "keep",
+) -> list[int]:
+    """Token ids up to and including the header of the last answer: what generation starts from.
+
+    The answer itself, if the row ends with one, is not looked at. The ids are a prefix of `encode_row`'s, except where
+    the tokenizer melts blanks at the start of the answer with the header's newline (an answer that begins with a
+    newline), which cannot be known before the answer is.
+
+    Args:
+        row: as for `encode_row`; it may end with the question.
+        tokenizer: as for `encode_row`.
+        template: as for `encode_row`.
+        num_image_tokens: as for `encode_row`.
+        image_labels: as for `encode_row`.
+
+    Raises:
+        RowError: as `encode_row`.
+        ValueError: as `encode_row`.
+    """
+    chat = get_template(template)
+    counts = _image_counts(num_image_tokens)
+    turns = parse_turns(row, answered=False)
+    asked = turns[:-1] if turns[-1].role == "gpt" else turns
+    placed = place_images(row, asked, len(counts), image_labels)
+    blocks = [_turn_pieces(turn, chat) for turn in _with_system(placed, chat)]
+    blocks.append([_Piece(chat.answer_header)])
+    return _encode(_join_blocks(blocks, chat), tokenizer, counts)[0]
+
+
+def _image_counts(num_image_tokens: Sequence[int] | int) -> tuple[int, ...]:
+    counts = (num_image_tokens,) if isinstance(num_image_tokens, int) else tuple(num_image_tokens)
+    if any(count < 1 for count in counts):
+        raise ValueError(f"num_image_tokens={counts}: each image needs at least one token")
+    return counts
+
+
+def _with_system(turns: Sequence[Turn], chat: Template) -> list[Turn]:
+    if turns[0].role != "system":
+        return [Turn("system", chat.system_text), *turns]
+    if not chat.per_turn:
+        message = f"chat template {chat.name!r} has no place for a system turn: remove it or use 'internvl2_5'"
+        raise RowError("system_turn", message)
+    return list(turns)
+
+
+def _turn_pieces(turn: Turn, chat: Template) -> list[_Piece]:
+    text = turn.text.strip() if chat.strip else turn.text
+    if not text and not chat.per_turn:
+        return [_Piece(chat.header(turn.role))]
+    if turn.role == "human":
+        text = text.replace(IMAGE_PLACEHOLDER, _IMAGE_SLOT)
+    return [
+        _Piece(chat.header(turn.role)),
+        _Piece(chat.lead + text + chat.end(turn.role), trained=turn.role == "gpt"),
+        _Piece(chat.tail),
+    ]
+
+
+def _join_blocks(blocks: list[list[_Piece]], chat: Template) -> list[list[_Piece]]:
+    """What is tokenized together: single turns, or the whole prompt."""
+    return blocks if chat.per_turn else [[piece for block in blocks for piece in block]]
+
+
+def _encode(
+    blocks: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase, counts: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    texts = ["".join(piece.text for piece in block) for block in blocks]
+    input_ids = prompt_start_ids(tokenizer, texts[0])
+    # Offsets tell which characters a token covers; `verbose` would warn of lengths that packing takes care of.
+    tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    labels = [IGNORE_INDEX] * len(input_ids)
+    for block, ids, offsets in zip(blocks, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        trained = _trained_characters(block)
+        input_ids += ids
+        labels += [i if trained[start] else IGNORE_INDEX for i, (start, _) in zip(ids, offsets, strict=True)]
+    return _expand_images(input_ids, labels, tokenizer, counts) if counts else (input_ids, labels)
+
+
+def _trained_characters(block: Iterable[_Piece]) -> bytearray:
+    """One flag for each character, and one behind the end for tokens that cover none."""
+    flags = bytearray()
+    for piece in block:
+        flags.extend([piece.trained] * len(piece.text))
+    return flags + b"\0"
+
+
+def _expand_images(
+    input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, counts: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    # The context token is a special token, so tokenizing one and repeating its id gives the ids of the long text.
+    slot = image_token_id(tokenizer)
+    positions = [position for position, token in enumerate(input_ids) if token == slot]
+    assert len(positions) == len(counts)
+    for position, count in reversed(list(zip(positions, counts, strict=True))):
+        input_ids[position : position + 1] = [slot] * count
+        labels[position : position + 1] = [IGNORE_INDEX] * count
+    return input_ids, labels

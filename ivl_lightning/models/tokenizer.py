@@ -1,0 +1,182 @@
+"""Tokenizers of every family from their data files alone; code that lies beside them is never run."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN, SPECIAL_TOKENS
+
+_QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer whose ids equal those of the original's slow one.
+
+    Files are looked for in this order: `tokenizer.json` (written by transformers); `vocab.json` and `merges.txt`
+    (Qwen2); `tokenizer.model` (SentencePiece: InternLM2, Llama, Phi-3). `tokenizer_config.json`, if there, names the
+    class and holds the added tokens. InternLM2's own class exists as remote code only; its model file is read as
+    Llama's, with the blank before the first word as the model file says.
+
+    Args:
+        path: folder with the tokenizer files.
+
+    Raises:
+        ValueError: the folder does not exist, holds none of these files, or names a class that is not known.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the folder that holds the tokenizer files")
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    config = _read_config(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        _check_class(folder, config, _QWEN2_CLASSES)
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    if (folder / "tokenizer.model").is_file():
+        _check_class(folder, config, _INTERNLM2_CLASSES + _LLAMA_CLASSES)
+        return _load_sentencepiece(folder, config)
+    raise ValueError(
+        f"no tokenizer in {folder}: looked for tokenizer.json, for vocab.json with merges.txt, and for tokenizer.model"
+    )
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add the nine special tokens in the official order; return how many were new.
+
+    Args:
+        tokenizer: changed in place. The embeddings must then be grown by the returned number.
+    """
+    return tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the context token, whose embeddings are replaced by image features.
+
+    Raises:
+        ValueError: the tokenizer does not have the token, or is a slow one.
+    """
+    token_id = _backend(tokenizer).token_to_id(IMAGE_CONTEXT_TOKEN)
+    if token_id is None:
+        raise ValueError(f"the tokenizer has no {IMAGE_CONTEXT_TOKEN}: call add_special_tokens(tokenizer) first")
+    return token_id
+
+
+def prompt_start_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids that the original's slow tokenizer writes before those of the prompt's own text.
+
+    These are BOS, where the tokenizer writes one, and a blank that the fast tokenizers leave out: with `legacy` false
+    the slow Llama tokenizer puts a blank before the whole prompt, and takes it back only where the prompt begins with
+    a token that is listed as special. Phi-3's chat markers are added tokens that are not listed.
+
+    Args:
+        tokenizer: as `load_tokenizer` returns it.
+        prompt: the text that is tokenized next, without BOS.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    backend = _backend(tokenizer)
+    # Asking the tokenizer is safer than its `add_bos_token` flag, which files written by a fast tokenizer do not hold.
+    bos = tokenizer("")["input_ids"][:1]
+    start_ids = list(bos) if bos == [tokenizer.bos_token_id] else []
+    splitter = backend.pre_tokenizer
+    if isinstance(splitter, pre_tokenizers.Metaspace) and splitter.prepend_scheme == "first":
+        unlisted = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+        if prompt.startswith(tuple(unlisted)):
+            start_ids += backend.encode(splitter.replacement, add_special_tokens=False).ids
+    return start_ids
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides which ids a text gets: vocabulary, merges, added tokens, normalization, BOS.
+
+    Equal fingerprints mean equal ids; caches of token counts are keyed with it. Padding and truncation are left out:
+    they are the state of the last call, not of the tokenizer.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    state = json.loads(_backend(tokenizer).to_str())
+    state.update(padding=None, truncation=None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer's own engine, which knows offsets and added tokens.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: load it with load_tokenizer(folder)")
+    return tokenizer.backend_tokenizer
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): restore the file") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} does not hold a JSON object: restore the file")
+    return config
+
+
+def _check_class(folder: Path, config: Mapping[str, object], known: tuple[str, ...]) -> None:
+    name = config.get("tokenizer_class")
+    if name is not None and name not in known:
+        raise ValueError(
+            f"{folder} names the tokenizer class {name!r}, known for these files are {', '.join(known)}: "
+            "save it once as tokenizer.json with transformers, which any class can be read from"
+        )
+
+
+def _load_sentencepiece(folder: Path, config: Mapping[str, object]) -> PreTrainedTokenizerBase:
+    prefix_space = _has_dummy_prefix(folder / "tokenizer.model")
+    # Slow tokenizers put the blank before each stretch between special tokens, unless `legacy` is given as false.
+    legacy = bool(config.get("legacy", True)) or config.get("tokenizer_class") in _INTERNLM2_CLASSES
+    tokenizer = LlamaTokenizer.from_pretrained(
+        folder,
+        local_files_only=True,
+        add_prefix_space=prefix_space,
+        add_bos_token=bool(config.get("add_bos_token", True)),
+        add_eos_token=False,
+        legacy=legacy,
+    )
+    if prefix_space and legacy:
+        # The library's own rule leaves the blank out before a text that begins with one; SentencePiece does not.
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    return tokenizer
+
+
+def _has_dummy_prefix(file: Path) -> bool:
+    """Whether SentencePiece writes a blank before the first word.
+
+    Raises:
+        ValueError: the model rewrites text in a way that the fast tokenizer does not repeat.
+    """
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    model.ParseFromString(file.read_bytes())
+    rule = model.normalizer_spec
+    if rule.precompiled_charsmap or rule.remove_extra_whitespaces:
+        raise ValueError(
+            f"{file} normalizes text ({rule.name or 'custom'}), so its ids would not be repeated exactly: "
+            "save the tokenizer as tokenizer.json with its own library"
+        )
+    return rule.add_dummy_prefix
