@@ -1,0 +1,305 @@
+"""Images of a row: opened through one guarded door, measured by header, decoded whole or refused with a reason."""
+
+from __future__ import annotations
+
+import stat
+import struct
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+
+import fsspec  # type: ignore[import-untyped]
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from ivl_lightning.data.locations import MediaError, resolve_location, shown, url_scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["MAX_PIXELS", "ImageHeader", "MediaError", "MediaReader"]
+
+MAX_PIXELS = 89_478_485
+"""Largest image by default: Pillow's own limit, above which it warns of decompression bombs (268 MB of RGB)."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
+
+_UPRIGHT = 1
+_UNREADABLE = 0
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What an image file says of itself before a pixel is decoded.
+
+    Attributes:
+        width: pixels as stored.
+        height: pixels as stored.
+        mode: Pillow's mode; one that begins with `I;16` is 16-bit gray.
+        orientation: EXIF orientation 1 to 8; 1 where there is none, 0 where the EXIF block is broken.
+    """
+
+    width: int
+    height: int
+    mode: str
+    orientation: int
+
+
+@dataclass(frozen=True)
+class MediaReader:
+    """Opens the media of one dataset. Holds no handle, so that it can go to worker processes.
+
+    Args:
+        root: folder, or URL prefix such as `s3://bucket/images`, that media paths are relative to and cannot leave.
+        allowed_schemes: URL schemes that may be read through fsspec; none by default.
+        follow_symlinks: whether links inside `root` may lead out of it.
+        max_pixels: images with more are refused by header. At most what Pillow itself accepts.
+        exif_transpose: turn images upright by EXIF; the original ignores the tag.
+        gray16: `clip` makes every 16-bit gray value above 255 white, as the original does; `scale` divides by 257.
+
+    Raises:
+        ValueError: settings that cannot hold.
+    """
+
+    root: str
+    allowed_schemes: tuple[str, ...] = ()
+    follow_symlinks: bool = False
+    max_pixels: int = MAX_PIXELS
+    exif_transpose: bool = False
+    gray16: Literal["clip", "scale"] = "clip"
+
+    def __post_init__(self) -> None:
+        _check_schemes(self.root, self.allowed_schemes)
+        _check_max_pixels(self.max_pixels)
+        if self.gray16 not in ("clip", "scale"):
+            raise ValueError(f"data.gray16 is {self.gray16!r}; choose 'clip' (as the original) or 'scale'")
+
+    def resolve(self, path: str) -> str:
+        """Absolute path or URL of a row's media path. Nothing is opened.
+
+        Args:
+            path: as written in the row.
+
+        Raises:
+            MediaError: `path_invalid`, `path_scheme` or `path_escape`; see `resolve_location`.
+        """
+        return resolve_location(
+            path, self.root, allowed_schemes=self.allowed_schemes, follow_symlinks=self.follow_symlinks
+        )
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        """Open a media file for reading.
+
+        Args:
+            path: as written in the row.
+
+        Raises:
+            MediaError: as `resolve`, and `file_missing` or `file_unreadable`.
+        """
+        location = self.resolve(path)
+        with _reported(path, otherwise="file_unreadable"):
+            handle = _open(location)
+        with handle:
+            yield handle
+
+    def header(self, path: str) -> ImageHeader:
+        """Read an image's header alone.
+
+        Args:
+            path: as written in the row.
+
+        Raises:
+            MediaError: as `open`, and `image_empty`, `image_undecodable` or `image_too_large`.
+        """
+        with self._image(path) as image:
+            return ImageHeader(*image.size, mode=image.mode, orientation=_orientation(image))
+
+    def image_size(self, path: str) -> tuple[int, int]:
+        """Width and height of the image that `load_image` returns, from the header alone.
+
+        Args:
+            path: as written in the row.
+
+        Raises:
+            MediaError: as `header`, and `exif_invalid` if `exif_transpose` is on.
+        """
+        header = self.header(path)
+        if self.exif_transpose and _checked(header.orientation, path) in _SIDEWAYS:
+            return header.height, header.width
+        return header.width, header.height
+
+    def load_image(self, path: str) -> Image.Image:
+        """Decode an image whole. The original trains on truncated files with gray filling; here they are refused.
+
+        Args:
+            path: as written in the row.
+
+        Returns:
+            The image in mode RGB.
+
+        Raises:
+            MediaError: as `image_size`, and `image_truncated`.
+            ValueError: another library told Pillow to fill truncated images.
+        """
+        _check_pillow()
+        with self._image(path) as image:
+            orientation = _checked(_orientation(image), path) if self.exif_transpose else _UPRIGHT
+            image.load()
+            return _upright(_rgb(image, self.gray16), orientation)
+
+    @contextmanager
+    def _image(self, path: str) -> Iterator[Image.Image]:
+        with self.open(path) as file, _reported(path, otherwise="image_undecodable"):
+            if not file.read(1):
+                raise MediaError("image_empty", f"{shown(path)} has no bytes; fetch the file again or remove the row")
+            file.seek(0)
+            image = Image.open(file, formats=_formats())
+            if image.width * image.height > self.max_pixels:
+                raise MediaError(
+                    "image_too_large",
+                    f"{shown(path)} announces {image.width} x {image.height} = {image.width * image.height} pixels, "
+                    f"more than data.max_pixels={self.max_pixels}; shrink the image or raise the limit",
+                )
+            yield image
+
+
+def _check_schemes(root: str, allowed_schemes: tuple[str, ...]) -> None:
+    if isinstance(allowed_schemes, str):
+        raise ValueError(f"data.allowed_schemes is the text {allowed_schemes!r}; write a list: [{allowed_schemes}]")
+    for scheme in allowed_schemes:
+        if scheme in ("file", "local", "data") or not scheme.isalnum() or not scheme.islower():
+            raise ValueError(
+                f"data.allowed_schemes has {scheme!r}; write the bare name in lower case, such as s3 or https. "
+                "Local files need no scheme, and data URIs are not read"
+            )
+    root_scheme = url_scheme(root)
+    if root_scheme is not None and root_scheme not in allowed_schemes:
+        raise ValueError(
+            f"root {root} has the scheme {root_scheme!r}, which is not among data.allowed_schemes="
+            f"{list(allowed_schemes)}; add it there to read from the network"
+        )
+
+
+def _check_max_pixels(max_pixels: int) -> None:
+    if max_pixels < 1:
+        raise ValueError(f"data.max_pixels is {max_pixels}; it must be at least 1")
+    # Pillow raises above twice its limit whatever we think, and its globals belong to the user's process, not to us.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"data.max_pixels is {max_pixels}, but Pillow refuses images above {2 * Image.MAX_IMAGE_PIXELS} "
+            "pixels (twice PIL.Image.MAX_IMAGE_PIXELS); lower data.max_pixels or shrink the images"
+        )
+
+
+def _check_pillow() -> None:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: some code of this process asked Pillow to fill truncated "
+            "images with gray, so they can no longer be told from whole ones; find it and leave the flag False"
+        )
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    # A closed list: Pillow would hand an EPS file to Ghostscript, an outside program, whatever the file is called.
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open(location: str) -> BinaryIO:
+    scheme = url_scheme(location)
+    if scheme is not None:
+        return cast(BinaryIO, fsspec.filesystem(scheme).open(location, "rb"))
+    path = Path(location)
+    # Opening a named pipe would wait forever for a writer.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    return path.open("rb")
+
+
+@contextmanager
+def _reported(path: str, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except MediaError:
+        raise
+    # Broad on purpose: decoders and network clients raise what their C libraries do (SyntaxError, struct.error,
+    # client classes of each store), and one bad file must not end a run of days. It is reported, never dropped.
+    except Exception as error:
+        reason = _reason(error, otherwise)
+        raise MediaError(reason, f"{shown(path)}: {_ADVICE[reason]} ({type(error).__name__}: {error})") from error
+
+
+_ADVICE = {
+    "file_missing": "no such file; check the path and the dataset's root",
+    "file_unreadable": "the file cannot be opened; check its kind and permissions, or the connection",
+    "image_too_large": "Pillow takes its size for a decompression bomb; shrink the image",
+    "image_truncated": "the image ends too early; fetch the file again or remove the row",
+    "image_undecodable": f"not an image that can be decoded, of {', '.join(_FORMATS)}; replace it or remove the row",
+}
+
+
+def _reason(error: Exception, otherwise: str) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "file_missing"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "image_too_large"
+    if isinstance(error, UnidentifiedImageError):
+        return "image_undecodable"
+    # Pillow has no class of its own for this. "Truncated File Read" and "image file is truncated" are its words.
+    if otherwise == "image_undecodable" and (isinstance(error, EOFError) or "truncated" in str(error).lower()):
+        return "image_truncated"
+    # Pillow's own OSErrors carry no error number; those of the operating system do.
+    if isinstance(error, OSError) and error.errno is not None:
+        return "file_unreadable"
+    return otherwise
+
+
+def _orientation(image: Image.Image) -> int:
+    # Not `image.getexif()`: for a PNG it decodes the whole image to look for a block behind the pixels. TIFF needs
+    # nothing: Pillow turns it upright itself.
+    block = image.info.get("exif")
+    if not block:
+        return _UPRIGHT
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        orientation = exif.get(ExifTags.Base.Orientation, _UPRIGHT)
+    except (SyntaxError, struct.error, ValueError, TypeError, LookupError, OSError):
+        return _UNREADABLE
+    return orientation if orientation in _TRANSPOSE else _UPRIGHT
+
+
+def _checked(orientation: int, path: str) -> int:
+    if orientation == _UNREADABLE:
+        raise MediaError(
+            "exif_invalid",
+            f"{shown(path)} has a broken EXIF block, so its orientation is unknown; "
+            "repair the file, or set data.exif_transpose=false",
+        )
+    return orientation
+
+
+def _rgb(image: Image.Image, gray16: str) -> Image.Image:
+    if gray16 == "scale" and image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float32)
+        image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _TRANSPOSE.get(orientation)
+    return image if method is None else image.transpose(method)
