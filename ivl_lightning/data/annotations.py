@@ -230,42 +230,34 @@ class AnnotationFile:
             )
         return raw
 
-    def parse(self, offset: int, length: int) -> dict[str, object]:
-        """The row at an offset.
+    @staticmethod
+    def parse(raw: bytes) -> dict[str, object]:
+        """Parse the bytes of one row.
+
+        Args:
+            raw: UTF-8 JSON.
+
+        Returns:
+            The row.
 
         Raises:
-            RowError: as `read`, and `json_invalid`.
+            RowError: `json_invalid` for broken JSON, bytes or text that are not Unicode, and anything but an object.
         """
-        return parse_row(self.read(offset, length))
-
-
-def parse_row(raw: bytes) -> dict[str, object]:
-    """Parse the bytes of one row.
-
-    Args:
-        raw: UTF-8 JSON.
-
-    Returns:
-        The row.
-
-    Raises:
-        RowError: `json_invalid` for broken JSON, bytes or text that are not Unicode, and anything but an object.
-    """
-    if not raw:
-        raise RowError(
-            "json_invalid",
-            "the JSON list does not end where the file ends: it is cut off, or there is text behind its last bracket",
-        )
-    try:
-        row = json.loads(raw.decode("utf-8"))
-        # JSON can spell half of a surrogate pair, which no tokenizer accepts; better refused here, with a place.
-        if b"\\u" in raw:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise RowError("json_invalid", f"not valid JSON ({error}); correct or remove the row") from error
-    if not isinstance(row, dict):
-        raise RowError("json_invalid", f"the row is {_kind(row)}, not an object; write one {{...}} per row")
-    return row
+        if not raw:
+            raise RowError(
+                "json_invalid",
+                "the JSON list does not end where the file ends: it is cut off, or there is text behind its bracket",
+            )
+        try:
+            row = json.loads(raw.decode("utf-8"))
+            # JSON can spell half of a surrogate pair, which no tokenizer accepts; better refused here, with a place.
+            if b"\\u" in raw:
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as error:
+            raise RowError("json_invalid", f"not valid JSON ({error}); correct or remove the row") from error
+        if not isinstance(row, dict):
+            raise RowError("json_invalid", f"the row is {_kind(row)}, not an object; write one {{...}} per row")
+        return row
 
 
 class RowMedia(NamedTuple):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivl_lightning.data import json_spans
-from ivl_lightning.data.annotations import AnnotationFile, MetaError, media_of, parse_row, read_meta
+from ivl_lightning.data.annotations import AnnotationFile, MetaError, media_of, read_meta
 from ivl_lightning.data.json_spans import row_spans
 from ivl_lightning.structures import RowError
 
@@ -187,7 +187,7 @@ def test_recorded_rows_survive_their_neighbors() -> None:
     reasons = {}
     for line, offset, length in file.iter_lines():
         try:
-            file.parse(offset, length)
+            file.parse(file.read(offset, length))
         except RowError as error:
             reasons[line] = error.reason
     expected = [row for row in EXPECTED["rows"] if row["dataset"] == "rows" and row["reason"] == "json_invalid"]
@@ -210,17 +210,17 @@ def test_recorded_rows_survive_their_neighbors() -> None:
 )
 def test_rows_that_are_no_objects(raw: bytes) -> None:
     with pytest.raises(RowError) as caught:
-        parse_row(raw)
+        AnnotationFile.parse(raw)
     assert caught.value.reason == "json_invalid"
 
 
 def test_unicode_rows() -> None:
-    assert parse_row('{"a": "\\ud83d\\ude00 é 你"}'.encode()) == {"a": "\U0001f600 é 你"}
+    assert AnnotationFile.parse('{"a": "\\ud83d\\ude00 é 你"}'.encode()) == {"a": "\U0001f600 é 你"}
 
 
 def test_changed_file_is_noticed(folder: Path) -> None:
     with pytest.raises(RowError, match="build the index again") as caught:
-        AnnotationFile(folder / "rows.jsonl").parse(0, 50)
+        AnnotationFile(folder / "rows.jsonl").read(0, 50)
     assert caught.value.reason == "row_lost"
 
 
