@@ -3,12 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
+from ivl_lightning.config.schema import ImageLabels
 from ivl_lightning.constants import IMAGE_PLACEHOLDER, RESERVED_TOKENS, VIDEO_PLACEHOLDER
 from ivl_lightning.structures import Role, RowError, Turn
 
-ImageLabels = Literal["keep", "auto"]
 IMAGE_LABELS: tuple[ImageLabels, ...] = get_args(ImageLabels)
 
 _ROLES: tuple[Role, ...] = get_args(Role)

@@ -1,0 +1,72 @@
+"""Keeps answered validation samples, so that a person can look at what the scores mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from ivl_lightning.data.annotations import media_of
+from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.structures import Answer
+
+FILE_NAME = "samples.jsonl"
+
+
+class SampleCards(Callback):
+    """Writes the first `limit` answers of each validation to `samples.jsonl`, with step, pictures, question, both answers.
+
+    Args:
+        folder: where the file goes.
+        limit: answers per validation.
+    """
+
+    def __init__(self, folder: str, limit: int = 24) -> None:
+        self.path = Path(folder) / FILE_NAME
+        self.limit = limit
+        self._cards: list[dict[str, Any]] = []
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the cards of the last validation."""
+        self._cards = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: list[Answer] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep answers until there are enough."""
+        for answer in (outputs or [])[: self.limit - len(self._cards)]:
+            self._cards.append(_card(answer, trainer))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Append the cards of this validation."""
+        if not trainer.is_global_zero or not self._cards:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for card in self._cards:
+                file.write(json.dumps(card, ensure_ascii=False) + "\n")
+
+
+def _card(answer: Answer, trainer: L.Trainer) -> dict[str, Any]:
+    datamodule = trainer.datamodule
+    assert isinstance(datamodule, DynamicPackingDataModule)
+    record = answer.record
+    return {
+        "step": trainer.global_step,
+        "dataset": record.dataset,
+        "file": record.file,
+        "line": record.line,
+        "images": [datamodule.media_path(record.dataset, path) for path in media_of(record.row).images],
+        "question": answer.question,
+        "expected": answer.expected,
+        "generated": answer.generated,
+    }

@@ -1,0 +1,32 @@
+"""Write a folder of weights, whole or not at all, also from sharded parameters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS_FOLDER = "weights"
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters on the CPU of rank 0 (empty elsewhere); every rank must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_weights(
+    model: PreTrainedModel, state_dict: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Config, safetensors and tokenizer in the layout transformers reads; written aside, then renamed."""
+    aside = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, state_dict=state_dict)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.replace(folder)

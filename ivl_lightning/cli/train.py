@@ -1,0 +1,75 @@
+"""`python train.py`: compose every stage, run the chain, print the table, write the report."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ivl_lightning.config.check import ConfigError
+from ivl_lightning.launch.overrides import check_keys, complete
+
+
+def main() -> None:
+    """The command. A user's mistake ends with its message and exit code 1."""
+    recipes = [path.name.removesuffix(".yaml") for path in files("ivl_lightning.conf").joinpath("recipe").iterdir()]
+    arguments = complete(sys.argv[1:], recipes)
+    try:
+        check_keys(arguments)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    sys.argv[1:] = arguments
+    _main()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="train")
+def _main(composed: DictConfig) -> None:
+    try:
+        run(composed)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(composed: DictConfig) -> None:
+    """Run the stages of a composed configuration.
+
+    Raises:
+        ConfigError: a wrong setting.
+        SystemExit: a stage failed; its process has said why.
+    """
+    # Imported late: --help, --cfg and wrong settings need neither torch nor matplotlib.
+    from ivl_lightning.launch.chain import StageFailedError, run_chain
+    from ivl_lightning.launch.compose import compose_stage, stage_names
+    from ivl_lightning.reporting.report import write_report
+    from ivl_lightning.reporting.table import print_stage_table
+
+    run_dir = job_folder(composed.run_dir)
+    arguments = [*HydraConfig.get().overrides.task, *_search_path()]
+    names = stage_names(composed.stages, list(composed.recipe.stages))
+    configs = {name: compose_stage(name, arguments, run_dir=run_dir) for name in names}
+    try:
+        results = run_chain(configs)
+    except StageFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    print_stage_table(results)
+    print(f"report: {write_report(run_dir)}")
+
+
+def job_folder(run_dir: str) -> str:
+    """The run folder of this job: the one given, or of a multirun a numbered folder below it."""
+    settings = HydraConfig.get()
+    return f"{run_dir}/{settings.job.num}" if settings.mode == RunMode.MULTIRUN else run_dir
+
+
+def _search_path() -> list[str]:
+    """Config folders of the user's own, for the compositions of the single stages."""
+    return [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Every setting with its type, default and meaning: the one place where defaults stand.
+
+`conf/*.yaml` composes; these plain dataclasses check what was composed (see `config.check`). They are also the typed
+arguments of the classes they configure, so that a plain Lightning user writes `DataConfig(meta=...)` without Hydra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from ivl_lightning.reweighting import Reduction
+
+Part = Literal["vision", "projector", "llm"]
+OverLength = Literal["reject", "truncate", "shrink"]
+ImageLabels = Literal["keep", "auto"]
+RepeatRule = Literal["random", "prefix"]
+Gray16 = Literal["clip", "scale"]
+Normaliser = Literal["step", "micro_batch", "micro_batch_local"]
+Decay = Literal["matrices", "all"]
+Schedule = Literal["cosine", "constant"]
+
+
+class Strict:
+    """Unknown keys and values of another type are errors, never converted."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Strict):
+    """Which network: built from these shapes, or read from a folder.
+
+    Attributes:
+        name: shown in tables; also the name of the recipe that goes with it.
+        path: folder that transformers wrote; null builds from the shapes below with random weights.
+        tokenizer: folder of tokenizer files; null takes those beside the weights.
+        template: chat template (`ivl_lightning.data.templates`).
+        vision: fields of transformers' `InternVLVisionConfig`.
+        language_model: `model_type` of any AutoModel language model, and fields of its configuration class.
+        downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
+        dtype: of the stored weights; the optimizer keeps the same.
+        attention: `ivl_packed`, or a transformers implementation that honours `cu_seq_lens_*` (flash_attention_2).
+        activation_checkpointing: recompute each block in backward.
+    """
+
+    name: str = "custom"
+    path: str | None = None
+    tokenizer: str | None = None
+    template: str = "internvl2_5"
+    vision: dict[str, Any] = field(default_factory=dict)
+    language_model: dict[str, Any] = field(default_factory=dict)
+    downsample_ratio: float = 0.5
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "ivl_packed"
+    activation_checkpointing: bool = False
+
+
+@dataclass(kw_only=True)
+class StageConfig(Strict):
+    """What a stage trains.
+
+    Attributes:
+        _target_: the LightningModule.
+        name: the stage's name and its folder in the run.
+        trainable: parts that get gradients; null takes the class's own choice (the paper's).
+        trainable_vision_layers: only the last n layers of the vision tower train; null trains all of a trainable tower.
+        drop_path_rate: stochastic depth of the last vision layer, rising linearly from 0 at the first.
+        generation_tokens: most tokens of a generated answer in validation.
+    """
+
+    _target_: str
+    name: str
+    trainable: list[Part] | None = None
+    trainable_vision_layers: int | None = None
+    drop_path_rate: float = 0.0
+    generation_tokens: int = 32
+
+
+@dataclass(kw_only=True)
+class PrepareConfig(Strict):
+    """A function that makes the data before the first stage (the miniature draws its pictures).
+
+    Attributes:
+        _target_: the function, called once by the launching process.
+        folder: where it writes.
+        options: further arguments.
+    """
+
+    _target_: str
+    folder: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class DataConfig(Strict):
+    """Data, packing and validation.
+
+    Attributes:
+        meta: official meta.json of the training data.
+        prepare: makes the data first; null if it is there.
+        val_meta: meta.json of the validation data; null holds back `val_rows` of the training data.
+        val_rows: rows held back by a hash of their content, over all datasets; 0 for none.
+        cache_dir: where measured rows are kept between runs.
+        packs_per_step: packs of an optimizer step over all ranks (the global batch).
+        max_tokens: tokens of a pack at most.
+        max_pack_tiles: tiles of a pack at most.
+        max_sample_tokens: tokens of one sample at most; null: `max_tokens`.
+        over_length: a sample over a cap is rejected, truncated (official), or shrunk to fewer tiles.
+        pool_size: samples the planner looks at when it fills a pack.
+        tile_size: side of a tile in pixels; must equal the vision tower's.
+        min_tiles: tiles of an image at least.
+        max_tiles: tiles of an image in training, thumbnail not counted, where its dataset gives no `max_dynamic_patch`.
+        val_max_tiles: the same in validation and generation, for every dataset.
+        use_thumbnail: add the whole picture as a last tile when there are several.
+        image_labels: `auto` writes `Image-i: ` before the images of multi-image rows that lack it; `keep` is official.
+        repeat_rule: `repeat_time` below 1 draws a fresh random subset each epoch, or the head of the file (official).
+        allowed_schemes: URL schemes that media paths may use; others are refused.
+        follow_symlinks: allow links that lead out of a dataset's root.
+        max_pixels: pictures whose header announces more are refused before they are decoded.
+        exif_transpose: turn pictures upright by their EXIF orientation; the original does not.
+        gray16: 16-bit gray pictures are clipped at 255 (official) or scaled.
+        retries: further tries to read a medium before its row is given up.
+        reject_limit: share of rejected rows above which the run stops.
+        num_workers: loader processes per rank.
+        generation_rows: validation rows answered by generation; 0 for none, null for all.
+        generation_batch: questions answered side by side.
+    """
+
+    meta: str
+    prepare: PrepareConfig | None = None
+    val_meta: str | None = None
+    val_rows: int = 0
+    cache_dir: str | None = None
+    packs_per_step: int = 1
+    max_tokens: int = 16384
+    max_pack_tiles: int = 48
+    max_sample_tokens: int | None = None
+    over_length: OverLength = "reject"
+    pool_size: int = 64
+    tile_size: int = 448
+    min_tiles: int = 1
+    max_tiles: int = 12
+    val_max_tiles: int = 12
+    use_thumbnail: bool = True
+    image_labels: ImageLabels = "keep"
+    repeat_rule: RepeatRule = "random"
+    allowed_schemes: list[str] = field(default_factory=list)
+    follow_symlinks: bool = False
+    max_pixels: int = 89_478_485
+    exif_transpose: bool = False
+    gray16: Gray16 = "clip"
+    retries: int = 2
+    reject_limit: float = 0.01
+    num_workers: int = 2
+    generation_rows: int | None = 64
+    generation_batch: int = 16
+
+
+@dataclass(kw_only=True)
+class LossConfig(Strict):
+    """The loss head.
+
+    Attributes:
+        _target_: the head.
+        reduction: how labels of long and short answers are weighed.
+        normaliser: `step` divides by the whole step's weights; `micro_batch` (official with all-gather) and
+            `micro_batch_local` (official without) divide each micro-batch by its own.
+        chunk_rows: supervised tokens whose logits exist at one time.
+    """
+
+    _target_: str = "ivl_lightning.losses.next_token.NextTokenLoss"
+    reduction: Reduction = "square"
+    normaliser: Normaliser = "step"
+    chunk_rows: int = 4096
+
+
+@dataclass(kw_only=True)
+class OptimConfig(Strict):
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        lr_by_part: peak learning rate of single parts, overriding `lr`.
+        weight_decay: decoupled weight decay.
+        weight_decay_by_part: weight decay of single parts.
+        decay: `matrices` leaves out norms, biases, layer scales and embeddings; `all` is official.
+        vision_layer_decay: each vision layer below the last learns by this factor slower; 1 is off.
+        betas: AdamW's.
+        eps: AdamW's.
+        schedule: after the warm-up.
+        warmup_steps: steps of linear warm-up; null takes `warmup_ratio`.
+        warmup_ratio: share of the run that warms up.
+        min_lr_ratio: the cosine ends at this share of the peak.
+    """
+
+    lr: float = 4e-5
+    lr_by_part: dict[Part, float] = field(default_factory=dict)
+    weight_decay: float = 0.01
+    weight_decay_by_part: dict[Part, float] = field(default_factory=dict)
+    decay: Decay = "matrices"
+    vision_layer_decay: float = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    schedule: Schedule = "cosine"
+    warmup_steps: int | None = None
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0
+
+
+@dataclass(kw_only=True)
+class TrainerConfig(Strict):
+    """How long and on what.
+
+    Attributes:
+        max_steps: optimizer steps; null runs `max_epochs`.
+        max_epochs: passes over the data when `max_steps` is null.
+        accelerator: `auto`, `cpu` or `cuda`.
+        devices: processes per node, one accelerator each.
+        num_nodes: machines.
+        precision: Lightning's names; FSDP wants 32-true and casts by `strategy.param_dtype`.
+        gradient_clip_val: norm to which gradients are clipped; null is off.
+        val_every_n_steps: validate in between; null validates only at the end of the stage.
+        log_every_n_steps: steps between two rows of metrics.
+        checkpoint_every_n_steps: steps between two checkpoints; null saves only the final weights.
+        keep_checkpoints: checkpoints kept.
+        progress_bar: show one.
+        threads: CPU threads per process; null leaves torch's choice.
+        deterministic: ask torch for deterministic algorithms.
+    """
+
+    max_steps: int | None = None
+    max_epochs: int = 1
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    gradient_clip_val: float | None = 1.0
+    val_every_n_steps: int | None = None
+    log_every_n_steps: int = 1
+    checkpoint_every_n_steps: int | None = 100
+    keep_checkpoints: int = 3
+    progress_bar: bool = True
+    threads: int | None = None
+    deterministic: bool = False
+
+
+@dataclass(kw_only=True)
+class StrategyConfig(Strict):
+    """How ranks share the work.
+
+    Attributes:
+        name: `single` one process, `ddp` a copy per rank, `fsdp` FSDP2 (weights, gradients and optimizer sharded).
+        param_dtype: dtype FSDP computes in; weights and optimizer stay float32.
+        reshard_after_forward: free gathered weights between forward and backward.
+        timeout_minutes: a collective that takes longer ends the run.
+    """
+
+    name: Literal["single", "ddp", "fsdp"] = "single"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard_after_forward: bool = True
+    timeout_minutes: int = 30
+
+
+@dataclass(kw_only=True)
+class RecipeConfig(Strict):
+    """A published (or chosen) chain of stages.
+
+    Attributes:
+        name: of the recipe.
+        model: the model config it belongs to.
+        source: where its numbers come from.
+        stages: stage name -> settings of that stage, a mapping of the same tree as `train.yaml`.
+    """
+
+    name: str = "none"
+    model: str | None = None
+    source: str = ""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class RunConfig(Strict):
+    """A stage's whole configuration, as written to `RUN/NAME/config.yaml`.
+
+    Attributes:
+        seed: of weights, plan and augmentation.
+        run_dir: folder of the run, the same on every rank.
+        stages: stages to run, in order; null runs the recipe's.
+        init_from: run folder or weights folder the first stage starts from.
+        stage: what trains.
+        model: the network.
+        data: of this stage.
+        stage_data: stage name -> meta.json of that stage, or settings that replace those of `data`.
+        loss: the loss head.
+        optim: optimizer and schedule.
+        trainer: length, devices, precision.
+        strategy: how ranks share the work.
+        callbacks: name -> `_target_` and arguments of a Lightning callback; null leaves one out.
+        logger: name -> `_target_` and arguments of a Lightning logger.
+        recipe: the chain this stage was taken from.
+    """
+
+    seed: int
+    run_dir: str
+    stage: StageConfig
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    strategy: StrategyConfig
+    stages: list[str] | None = None
+    init_from: str | None = None
+    stage_data: dict[str, str | dict[str, Any]] = field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)

@@ -1,0 +1,88 @@
+"""Rules between settings, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from ivl_lightning.config.check import ConfigError
+from ivl_lightning.config.schema import RunConfig
+
+
+def validate(config: RunConfig) -> None:
+    """Check one stage's configuration.
+
+    Raises:
+        ConfigError: lists every contradiction, with both values and what to do.
+    """
+    faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
+    if faults:
+        raise ConfigError(f"stage {config.stage.name}:\n" + "\n".join(faults))
+
+
+def _length_faults(config: RunConfig) -> list[str]:
+    trainer, optim = config.trainer, config.optim
+    faults = []
+    if trainer.max_steps is not None and trainer.max_steps < 1:
+        faults.append(f"trainer.max_steps={trainer.max_steps} must be at least 1, or null for trainer.max_epochs")
+    if trainer.max_steps is None and trainer.max_epochs < 1:
+        faults.append(f"trainer.max_epochs={trainer.max_epochs} must be at least 1 where trainer.max_steps is null")
+    if optim.warmup_steps is not None and trainer.max_steps is not None and optim.warmup_steps > trainer.max_steps:
+        faults.append(f"optim.warmup_steps={optim.warmup_steps} is more than trainer.max_steps={trainer.max_steps}")
+    if not 0.0 <= optim.warmup_ratio <= 1.0:
+        faults.append(f"optim.warmup_ratio={optim.warmup_ratio} must lie between 0 and 1")
+    if len(optim.betas) != 2:
+        faults.append(f"optim.betas={optim.betas} must be two numbers")
+    return faults
+
+
+def _strategy_faults(config: RunConfig) -> list[str]:
+    trainer, strategy = config.trainer, config.strategy
+    ranks = trainer.devices * trainer.num_nodes
+    faults = []
+    if strategy.name == "single" and ranks > 1:
+        faults.append(
+            f"strategy=single runs one process, but trainer.devices={trainer.devices} and "
+            f"trainer.num_nodes={trainer.num_nodes} ask for {ranks}: add strategy=ddp or strategy=fsdp"
+        )
+    if strategy.name == "fsdp" and trainer.precision != "32-true":
+        faults.append(
+            f"trainer.precision={trainer.precision} under strategy=fsdp would make optimizer state lose precision: "
+            "use trainer.precision=32-true with strategy.param_dtype=bfloat16"
+        )
+    if ranks > 0 and config.data.packs_per_step % ranks:
+        faults.append(
+            f"data.packs_per_step={config.data.packs_per_step} cannot be dealt to {ranks} ranks evenly: "
+            "make it a multiple"
+        )
+    return faults
+
+
+def _data_faults(config: RunConfig) -> list[str]:
+    data = config.data
+    faults = []
+    if data.min_tiles < 1 or data.max_tiles < data.min_tiles or data.val_max_tiles < 1:
+        faults.append(
+            f"data.min_tiles={data.min_tiles}, data.max_tiles={data.max_tiles}, "
+            f"data.val_max_tiles={data.val_max_tiles}: each at least 1, and max_tiles not below min_tiles"
+        )
+    if not 0.0 <= data.reject_limit <= 1.0:
+        faults.append(f"data.reject_limit={data.reject_limit} is a share between 0 and 1")
+    if data.val_meta is not None and data.val_rows:
+        faults.append(f"data.val_meta={data.val_meta} and data.val_rows={data.val_rows}: give one of them")
+    return faults
+
+
+def _model_faults(config: RunConfig) -> list[str]:
+    model, recipe = config.model, config.recipe
+    faults = []
+    if recipe.model is not None and recipe.model != model.name:
+        faults.append(
+            f"recipe={recipe.name} has the numbers of model={recipe.model}, but model={model.name}: "
+            "add recipe=none to set them yourself"
+        )
+    tile = model.vision.get("image_size")
+    if isinstance(tile, int) and tile != config.data.tile_size:
+        faults.append(f"data.tile_size={config.data.tile_size}, but model.vision.image_size={tile}: make them equal")
+    if not 0.0 <= config.stage.drop_path_rate < 1.0:
+        faults.append(f"stage.drop_path_rate={config.stage.drop_path_rate} must be at least 0 and below 1")
+    if config.stage.trainable == []:
+        faults.append("stage.trainable=[] trains nothing: name vision, projector or llm, or null for the stage's own")
+    return faults

@@ -1,0 +1,334 @@
+"""The LightningDataModule: index, plan, loaders, ledger, and the position a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data.annotations import DatasetSpec
+from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
+from ivl_lightning.data.dataset import PackDataset, PromptDataset, prompt_groups
+from ivl_lightning.data.encoding import EncodingSettings, RowEncoder, tokens_per_tile
+from ivl_lightning.data.ledger import Ledger
+from ivl_lightning.data.media import MediaReader
+from ivl_lightning.data.plan import EpochPlan, PlanSettings, TrainingPlan, accumulation, fixed_plan
+from ivl_lightning.data.sampler import FixedSampler
+from ivl_lightning.data.templates import get_template
+from ivl_lightning.reweighting import Reduction
+from ivl_lightning.structures import PackedBatch, PromptBatch
+
+LEDGER_NAME = "ledger.jsonl"
+
+
+class DynamicPackingDataModule(L.LightningDataModule):
+    """Packs of images and text from official meta.json files.
+
+    Training batches are `PackedBatch`; validation has two loaders, packs for the loss and `PromptBatch` for answers.
+    The datamodule sets the trainer's accumulation: packs_per_step / data-parallel ranks.
+
+    Args:
+        config: paths, caps, tiling, validation.
+        tokenizer: with the nine special tokens.
+        template: chat template.
+        seed: of order and augmentation.
+        patch_size: of the vision tower; with `downsample_ratio` it decides the tokens of a tile.
+        downsample_ratio: of the pixel unshuffle.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str = "internvl2_5",
+        seed: int = 0,
+        patch_size: int = 14,
+        downsample_ratio: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template
+        self.seed = seed
+        self.tile_tokens = tokens_per_tile(config.tile_size, patch_size, downsample_ratio)
+        self.reduction: Reduction = "square"
+        self.ledger = Ledger(None)
+        self.train_corpus: Corpus | None = None
+        self.val_corpus: Corpus | None = None
+        self._plan: TrainingPlan | None = None
+        self._epoch_plan: EpochPlan | None = None
+        self._position = {"epoch": 0, "step": 0}
+        self._resume_from: dict[str, int] | None = None
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Measure once, in one process of a node, so that the others find the index in the cache."""
+        if self.config.cache_dir is not None:
+            self._read_corpora(progress=True)
+
+    def setup(self, stage: str) -> None:
+        """Read the index, write the ledger, plan.
+
+        Raises:
+            ValueError: a wrong meta file, too many rejects, nothing to train on, or ranks that do not divide a step.
+        """
+        if self.train_corpus is not None:
+            return
+        self.train_corpus, self.val_corpus = self._read_corpora(progress=self.config.cache_dir is None)
+        self._open_ledger()
+        if self.trainer is not None and stage == "fit":
+            self._set_up_trainer(self.trainer)
+        self._plan = self._make_plan()
+
+    def _read_corpora(self, *, progress: bool) -> tuple[Corpus, Corpus | None]:
+        cache = None if self.config.cache_dir is None else Path(self.config.cache_dir).expanduser()
+        train = read_corpus(self.config.meta, self._encoder(training=True), cache_dir=cache, progress=progress)
+        validation = self._encoder(training=False)
+        if self.config.val_meta is not None:
+            return train, read_corpus(self.config.val_meta, validation, cache_dir=cache, progress=progress)
+        if self.config.val_rows == 0:
+            return train, None
+        train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
+        return train, held_back.measured_again(validation)
+
+    def _open_ledger(self) -> None:
+        corpora = [corpus for corpus in (self.train_corpus, self.val_corpus) if corpus is not None]
+        rejects = [line for corpus in corpora for line in dict.fromkeys(corpus.rejects)]
+        writes = self.trainer is not None
+        self.ledger = Ledger(Path(self.trainer.default_root_dir) / LEDGER_NAME if writes else None)
+        self.ledger.add(rejects if self._rank == 0 else [])
+        self.ledger.check(sum(map(len, corpora)) + self.ledger.counted, self.config.reject_limit, rejects)
+
+    def _set_up_trainer(self, trainer: L.Trainer) -> None:
+        steps = accumulation(self.config.packs_per_step, self._world_size)
+        if trainer.accumulate_grad_batches not in (1, steps):
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) contradicts "
+                f"data.packs_per_step={self.config.packs_per_step} on {self._world_size} ranks, which makes {steps}: "
+                "leave it out, it is derived"
+            )
+        trainer.accumulate_grad_batches = steps
+        # Each epoch has a plan of its own, so each has a loader of its own.
+        trainer.reload_dataloaders_every_n_epochs = 1
+        self.reduction = getattr(trainer.lightning_module, "reduction", self.reduction)
+
+    def _make_plan(self) -> TrainingPlan:
+        assert self.train_corpus is not None
+        corpus, config = self.train_corpus, self.config
+        return TrainingPlan(
+            corpus.column("tokens"),
+            corpus.column("labels"),
+            corpus.column("tiles"),
+            sizes=corpus.sizes,
+            repeats=[spec.repeat_time for spec in corpus.specs],
+            settings=PlanSettings(
+                packs_per_step=config.packs_per_step,
+                max_tokens=config.max_tokens,
+                max_tiles=config.max_pack_tiles,
+                pool_size=config.pool_size,
+                seed=self.seed,
+                reduction=self.reduction,
+                repeat_rule=config.repeat_rule,
+                epochs=self._epochs,
+            ),
+        )
+
+    # -- loaders --------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """This rank's packs of the current epoch, from where a checkpoint stopped."""
+        assert self._plan is not None
+        start = self._resume_from or {"epoch": self.trainer.current_epoch if self.trainer else 0, "step": 0}
+        self._resume_from = None
+        if self._epoch_plan is None or self._epoch_plan.epoch != start["epoch"]:
+            self._epoch_plan = self._plan.epoch(start["epoch"])
+        plan = self._epoch_plan
+        packs = list(self._plan.deal(plan, self._rank, self._world_size, start_step=start["step"]))
+        length = len(plan.steps) * accumulation(self.config.packs_per_step, self._world_size)
+        dataset = self._pack_dataset(self.train_corpus, augmentation_seed=self.seed)
+        return self._loader(dataset, packs, length=length)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Packs for the loss on a fixed plan without augmentation, and prompts for generated answers."""
+        if self.val_corpus is None or len(self.val_corpus) == 0:
+            return []
+        corpus, config = self.val_corpus, self.config
+        packs = fixed_plan(
+            corpus.column("tokens").tolist(),
+            corpus.column("labels").tolist(),
+            corpus.column("tiles").tolist(),
+            max_tokens=config.max_tokens,
+            max_tiles=config.max_pack_tiles,
+            reduction=self.reduction,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        loaders = [self._loader(self._pack_dataset(corpus, augmentation_seed=None), packs)]
+        rows = generation_rows(corpus, config.generation_rows)
+        if rows:
+            groups = prompt_groups(
+                rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size
+            )
+            prompts = PromptDataset(
+                corpus, pad_id=self._filler_id, tile_size=config.tile_size, retries=config.retries
+            )
+            loaders.append(self._loader(prompts, groups))
+        return loaders
+
+    def _pack_dataset(self, corpus: Corpus | None, *, augmentation_seed: int | None) -> PackDataset:
+        assert corpus is not None
+        return PackDataset(
+            corpus,
+            reduction=self.reduction,
+            tile_size=self.config.tile_size,
+            filler_id=self._filler_id,
+            augmentation_seed=augmentation_seed,
+            retries=self.config.retries,
+        )
+
+    def _loader(self, dataset: Any, items: Sequence[Any], length: int | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=FixedSampler(items, length),
+            num_workers=self.config.num_workers,
+            collate_fn=_identity,
+        )
+
+    # -- batches, position ----------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; note what was consumed and what was rejected."""
+        if isinstance(batch, PackedBatch) and self.trainer is not None and self.trainer.training:
+            self._consume(batch)
+        if not isinstance(batch, (PackedBatch, PromptBatch)):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(batch)
+            # Document boundaries stay on the CPU: their longest is read there without waiting for the device.
+            if isinstance(value := getattr(batch, field.name), Tensor) and field.name != "cu_seqlens"
+        }
+        return dataclasses.replace(batch, **moved)
+
+    def _consume(self, batch: PackedBatch) -> None:
+        planned = batch.planned
+        finished = planned.micro_step + 1 == planned.num_micro_steps
+        self._position = {"epoch": planned.epoch, "step": planned.step + finished}
+        if batch.rejects:
+            assert self.train_corpus is not None
+            self.ledger.add(batch.rejects)
+            self.ledger.check(len(self.train_corpus), self.config.reject_limit, batch.rejects)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the plan: the epoch and the step that comes next. A few bytes."""
+        return {**self._position, "packs_per_step": self.config.packs_per_step, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a position.
+
+        Raises:
+            ValueError: the checkpoint was made with another packs_per_step or seed, which is another plan.
+        """
+        for key, own in (("packs_per_step", self.config.packs_per_step), ("seed", self.seed)):
+            if state_dict[key] != own:
+                raise ValueError(f"the checkpoint was made with {key}={state_dict[key]}, this run has {own}")
+        self._resume_from = self._position = {"epoch": state_dict["epoch"], "step": state_dict["step"]}
+
+    # -- derived --------------------------------------------------------------------------------------------------
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """Datasets of the validation rows, in the order of their numbers; empty without validation."""
+        return () if self.val_corpus is None else tuple(spec.name for spec in self.val_corpus.specs)
+
+    def media_path(self, dataset: str, path: str) -> str:
+        """Where a validation row's picture lies, for cards and reports."""
+        assert self.val_corpus is not None
+        encoder = next(encoder for encoder in self.val_corpus.encoders if encoder.spec.name == dataset)
+        return encoder.reader.resolve(path)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a generated answer: the template's end marker and the tokenizer's end of text."""
+        marker = self.tokenizer.convert_tokens_to_ids(get_template(self.template).answer_end)
+        return sorted({token for token in (marker, self.tokenizer.eos_token_id) if token is not None})
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def _epochs(self) -> int | None:
+        if self.trainer is None or self.trainer.max_epochs in (None, -1):
+            return None
+        return self.trainer.max_epochs
+
+    @property
+    def _filler_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _encoder(self, *, training: bool) -> Any:
+        """Factory of row encoders under training or validation settings."""
+        config = self.config
+        settings = EncodingSettings(
+            template=self.template,
+            max_tokens=min(config.max_tokens, config.max_sample_tokens or config.max_tokens),
+            max_pack_tiles=config.max_pack_tiles,
+            tokens_per_tile=self.tile_tokens,
+            tile_size=config.tile_size,
+            min_tiles=config.min_tiles,
+            max_tiles=config.max_tiles if training else config.val_max_tiles,
+            use_thumbnail=config.use_thumbnail,
+            dataset_tiles=training,
+            over_length=config.over_length,
+            image_labels=config.image_labels,
+        )
+
+        def factory(spec: DatasetSpec) -> RowEncoder:
+            reader = MediaReader(
+                root=spec.root,
+                allowed_schemes=tuple(config.allowed_schemes),
+                follow_symlinks=config.follow_symlinks,
+                max_pixels=config.max_pixels,
+                exif_transpose=config.exif_transpose,
+                gray16=config.gray16,
+            )
+            return RowEncoder(spec, reader, self.tokenizer, settings)
+
+        return factory
+
+
+def generation_rows(corpus: Corpus, limit: int | None) -> list[int]:
+    """Rows answered in validation: evenly over the datasets, the first by content hash, so that it is the same set
+    on any layout and does not follow the order of the files.
+    """
+    if limit == 0:
+        return []
+    digests, start, by_dataset = corpus.column("digest"), 0, []
+    for size in corpus.sizes:
+        by_dataset.append((start + np.argsort(digests[start : start + size], kind="stable")).tolist())
+        start += size
+    longest = max(corpus.sizes)
+    turns = [rows[turn] for turn in range(longest) for rows in by_dataset if turn < len(rows)]
+    return turns if limit is None else turns[:limit]
+
+
+def _identity(batch: Any) -> Any:
+    return batch

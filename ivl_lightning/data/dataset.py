@@ -1,0 +1,156 @@
+"""Map-style datasets: a planned pack, or a group of prompts, -> tensors. Nothing here knows ranks or order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch.utils.data import Dataset
+
+from ivl_lightning.data.augmentation import sample_rng
+from ivl_lightning.data.collate import pack_samples, pad_prompts
+from ivl_lightning.data.turns import split_last_answer
+from ivl_lightning.data.corpus import Corpus
+from ivl_lightning.data.ledger import reject
+from ivl_lightning.data.media import MediaError
+from ivl_lightning.reweighting import Reduction
+from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject, RowError
+
+Result = TypeVar("Result")
+
+
+class PackDataset(Dataset[PackedBatch]):
+    """Builds the micro-batch of a planned pack.
+
+    Args:
+        corpus: the rows.
+        reduction: reweighting rule.
+        tile_size: side of a tile.
+        filler_id: token of an empty micro-batch.
+        augmentation_seed: seed of JPEG degradation; None never degrades (validation).
+        retries: further tries to read a medium.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        reduction: Reduction,
+        tile_size: int,
+        filler_id: int,
+        augmentation_seed: int | None,
+        retries: int,
+    ) -> None:
+        self.corpus = corpus
+        self.reduction = reduction
+        self.tile_size = tile_size
+        self.filler_id = filler_id
+        self.augmentation_seed = augmentation_seed
+        self.retries = retries
+        self._tokens = corpus.column("tokens")
+
+    def __getitem__(self, planned: PlannedPack) -> PackedBatch:
+        """A sample that cannot be read is left out and reported; the pack goes on without it."""
+        samples: list[Encoded] = []
+        datasets: list[int] = []
+        names: list[str] = []
+        rejects: list[Reject] = []
+        for sample in planned.pack.samples:
+            dataset, record = self.corpus.locate(sample % len(self.corpus))
+            try:
+                samples.append(self._encode(dataset, record, planned.epoch, sample))
+            except RowError as error:
+                rejects.append(reject(record, error))
+                continue
+            datasets.append(dataset)
+            names.append(f"{record.dataset} {record.file}:{record.line}")
+        return pack_samples(
+            samples,
+            planned=planned,
+            reduction=self.reduction,
+            dataset_ids=datasets,
+            sample_ids=names,
+            filler_id=self.filler_id,
+            tile_size=self.tile_size,
+            rejects=tuple(rejects),
+        )
+
+    def _encode(self, dataset: int, record: Record, epoch: int, sample: int) -> Encoded:
+        seed = self.augmentation_seed
+        rng = None if seed is None else sample_rng(seed, epoch, sample)
+        encoder = self.corpus.encoders[dataset]
+        encoded = _with_retries(lambda: encoder.encode(record, rng), self.retries)
+        measured = int(self._tokens[sample % len(self.corpus)])
+        if len(encoded.input_ids) != measured:
+            raise RowError(
+                "index_stale",
+                f"{len(encoded.input_ids)} tokens now, {measured} when it was measured: the row or its picture "
+                "changed. Delete data.cache_dir to measure again",
+            )
+        return encoded
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroup:
+    """Rows to answer side by side; `counted` is false where a row only keeps ranks in step."""
+
+    rows: tuple[int, ...]
+    counted: tuple[bool, ...]
+
+
+class PromptDataset(Dataset[PromptBatch]):
+    """Builds the padded prompts of a group of rows, and their expected answers.
+
+    Args:
+        corpus: the rows.
+        pad_id: token on the left of shorter prompts.
+        tile_size: side of a tile.
+        retries: further tries to read a medium.
+    """
+
+    def __init__(self, corpus: Corpus, *, pad_id: int, tile_size: int, retries: int) -> None:
+        self.corpus = corpus
+        self.pad_id = pad_id
+        self.tile_size = tile_size
+        self.retries = retries
+
+    def __getitem__(self, group: PromptGroup) -> PromptBatch:
+        """Raises RowError where a picture that was measured cannot be decoded: a score must not change unseen."""
+        located = [self.corpus.locate(row) for row in group.rows]
+        encoders = self.corpus.encoders
+        prompts = [
+            _with_retries(lambda d=dataset, r=record: encoders[d].encode_prompt(r), self.retries)
+            for dataset, record in located
+        ]
+        return pad_prompts(
+            prompts,
+            expected=[split_last_answer(record.row)[1] for _, record in located],
+            records=[record for _, record in located],
+            counted=group.counted,
+            pad_id=self.pad_id,
+            tile_size=self.tile_size,
+        )
+
+
+def prompt_groups(rows: Sequence[int], *, size: int, rank: int, world_size: int) -> list[PromptGroup]:
+    """This rank's groups; every rank gets the same number of groups of the same size, padded with uncounted rows."""
+    if not rows:
+        return []
+    per_round = size * world_size
+    padded = [*rows, *[rows[0]] * (-len(rows) % per_round)]
+    groups = []
+    for start in range(rank * size, len(padded), per_round):
+        places = range(start, start + size)
+        groups.append(PromptGroup(tuple(padded[p] for p in places), tuple(p < len(rows) for p in places)))
+    return groups
+
+
+def _with_retries(read: Callable[[], Result], retries: int) -> Result:
+    """A medium on a network may fail once; what fails every time is the row's fault."""
+    for _ in range(retries):
+        try:
+            return read()
+        except MediaError:
+            continue
+    return read()

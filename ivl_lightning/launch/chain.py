@@ -1,0 +1,102 @@
+"""The chain of stages: each in a process of its own, finished ones skipped, a failure stops it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_method
+from rich import print as rich_print
+
+from ivl_lightning.config.check import ConfigError
+from ivl_lightning.config.schema import PrepareConfig, RunConfig
+from ivl_lightning.launch.finished import DONE_NAME, Finished, check_same, read_finished
+
+WEIGHTS_FOLDER = "weights"
+
+
+class StageFailedError(RuntimeError):
+    """A stage's process ended with an error, which it has printed itself."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"stage {name} failed with exit code {code}; later stages were not started")
+        self.code = code
+
+
+def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
+    """Run the stages in order, each from the weights of the one before.
+
+    Args:
+        configs: stage name -> its configuration, all composed and checked beforehand.
+
+    Returns:
+        What each stage's done.json says.
+
+    Raises:
+        ConfigError: a finished stage was trained with other settings.
+        StageFailedError: a stage's process failed.
+    """
+    results = []
+    source: str | None = None
+    for name, config in configs.items():
+        if source is not None:
+            config = replace(config, init_from=source)
+        elif config.init_from is not None:
+            config = replace(config, init_from=str(weights_folder(config.init_from)))
+        results.append(_run_or_skip(name, config))
+        source = str(stage_folder(config, name) / WEIGHTS_FOLDER)
+    return results
+
+
+def stage_folder(config: RunConfig, name: str) -> Path:
+    """RUN/NAME."""
+    return Path(config.run_dir) / name
+
+
+def weights_folder(source: str) -> Path:
+    """The weights a run, a stage of it, or a plain folder holds; of a run those of the stage that finished last.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / WEIGHTS_FOLDER / "config.json").is_file():
+        return folder / WEIGHTS_FOLDER
+    finished = sorted(folder.glob(f"*/{DONE_NAME}"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise ConfigError(f"init_from={source}: neither a folder of weights nor a run with a finished stage")
+    return finished[-1].parent / WEIGHTS_FOLDER
+
+
+def _run_or_skip(name: str, config: RunConfig) -> Finished:
+    # Imported late: composing and checking a chain must not wait for torch.
+    from ivl_lightning.launch.run_stage import input_hash, write_config
+
+    folder = stage_folder(config, name)
+    finished = read_finished(folder)
+    if finished is not None:
+        check_same(finished, config, input_hash(config), folder)
+        rich_print(f"[bold]{name}[/bold] is finished, skipped")
+        return finished
+    if config.data.prepare is not None:
+        prepare(config.data.prepare)
+    write_config(config, folder)
+    rich_print(f"[bold]{name}[/bold] -> {folder}")
+    code = subprocess.run([sys.executable, "-m", "ivl_lightning.cli.stage", str(folder)], check=False).returncode
+    if code:
+        raise StageFailedError(name, code)
+    finished = read_finished(folder)
+    assert finished is not None, f"{folder} has no {DONE_NAME} after exit code 0"
+    return finished
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Make the data a stage needs; the function itself skips what is there."""
+    function: Any = get_method(config._target_)
+    function(config.folder, **config.options)

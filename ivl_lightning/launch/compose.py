@@ -1,0 +1,81 @@
+"""The configuration of each stage: train.yaml + stage group + the recipe's entry + the command line, later wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ivl_lightning.config.check import ConfigError, load
+from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.config.validate import validate
+from ivl_lightning.launch.overrides import flatten
+
+STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
+ALIASES = {"1": "mlp_warmup", "1.5": "vit_incremental", "2": "instruction_tuning"}
+
+
+def stage_names(requested: Sequence[object] | None, recipe_stages: Sequence[str]) -> list[str]:
+    """Stages to run, in order; aliases 1, 1.5 and 2 are accepted.
+
+    Raises:
+        ConfigError: an unknown stage, one named twice, or none at all.
+    """
+    if requested is None:
+        requested = [name for name in STAGES if name in recipe_stages]
+    names = [ALIASES.get(str(name), str(name)) for name in requested]
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise ConfigError(f"stages={unknown} are not known: use {', '.join(STAGES)} (or {', '.join(ALIASES)})")
+    if not names:
+        raise ConfigError("there is no stage to run: give stages=[...], or a recipe that lists some")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"stages={names} names a stage twice")
+    return names
+
+
+def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str) -> RunConfig:
+    """Compose, check and resolve one stage's configuration.
+
+    Args:
+        name: of the stage.
+        arguments: overrides of the command line.
+        run_dir: of the run, decided once by the launching process.
+
+    Raises:
+        ConfigError: misspelt or missing settings, wrong types, contradictions.
+    """
+    fixed = [f"stage={name}", f"run_dir='{run_dir}'"]
+    base = compose("train", overrides=[*arguments, *fixed])
+    recipe = OmegaConf.to_container(base.recipe, resolve=False)
+    assert isinstance(recipe, dict)
+    entry = (recipe.get("stages") or {}).get(name) or {}
+    composed = compose("train", overrides=[*flatten(entry), *arguments, *fixed])
+    config = load(RunConfig, _with_stage_data(_resolve(composed), name))
+    validate(config)
+    return config
+
+
+def _resolve(composed: Any) -> dict[str, Any]:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"these settings have no default and were not given: {', '.join(missing)}")
+    # Entries of other stages may refer to what only those stages have.
+    OmegaConf.update(composed, "recipe.stages", {}, merge=False, force_add=True)
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"a reference in the configuration cannot be resolved: {error}") from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _with_stage_data(plain: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings of `stage_data.NAME` replace those of `data`; a plain string is a meta.json."""
+    own = plain.get("stage_data", {}).get(name, {})
+    if isinstance(own, str):
+        own = {"meta": own}
+    return {**plain, "data": {**plain["data"], **own}}

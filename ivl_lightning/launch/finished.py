@@ -1,0 +1,132 @@
+"""When a stage counts as finished: done.json, with hashes of its configuration and of its input weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ivl_lightning.config.check import ConfigError
+from ivl_lightning.config.schema import RunConfig
+
+DONE_NAME = "done.json"
+
+# Settings that say how a stage ran and not what it learned.
+_VOLATILE = (
+    "run_dir",
+    "stages",
+    "stage_data",
+    "recipe",
+    "logger",
+    "callbacks",
+    "strategy",
+    "init_from",
+    "data.cache_dir",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.keep_checkpoints",
+    "trainer.threads",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What done.json says.
+
+    Attributes:
+        stage: its name.
+        settings: the configuration's settings that decide what is learned, by dotted key.
+        input_weights: hash of the weights it started from, or `random`.
+        output_weights: hash of the weights it wrote.
+        trained: parts that trained.
+        steps: optimizer steps.
+        loss_first, loss_last: training loss of the first and of the last logged step.
+        scores: last validation metrics.
+        seconds: wall time.
+        rejected: rows left out, by reason.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    input_weights: str
+    output_weights: str
+    trained: list[str]
+    steps: int
+    loss_first: float
+    loss_last: float
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write done.json, whole or not at all."""
+        aside = folder / f"{DONE_NAME}.tmp"
+        aside.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
+        aside.replace(folder / DONE_NAME)
+
+
+def read_finished(folder: Path) -> Finished | None:
+    """What a stage folder's done.json says; None where the stage is not finished."""
+    path = folder / DONE_NAME
+    if not path.is_file():
+        return None
+    return Finished(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_same(finished: Finished, config: RunConfig, input_weights: str, folder: Path) -> None:
+    """A finished stage is skipped only if this command would train the same.
+
+    Raises:
+        ConfigError: names the first setting that differs, with both values.
+    """
+    here = deciding_settings(config)
+    remedy = f"Use another run_dir, or delete {folder} to train the stage again"
+    for key in [*here, *(key for key in finished.settings if key not in here)]:
+        then, now = finished.settings.get(key), here.get(key)
+        if then != now:
+            raise ConfigError(f"{folder} was finished with {key}={then!r}, this command says {now!r}. {remedy}")
+    if finished.input_weights != input_weights:
+        raise ConfigError(f"{folder} was finished from other input weights than there are now. {remedy}")
+
+
+def deciding_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings by dotted key, without those that only say how a stage runs; plain JSON values."""
+    plain = json.loads(json.dumps(asdict(config)))
+    return {
+        key: value
+        for key, value in _dotted(plain)
+        if not any(key == volatile or key.startswith(f"{volatile}.") for volatile in _VOLATILE)
+    }
+
+
+def _dotted(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of the safetensors files of a folder, names and contents.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} holds no safetensors: it is not a folder of weights")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""The command line: what is added to it, what is checked before Hydra sees it, and how values are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from ivl_lightning.config.check import ConfigError, unknown_key
+
+GROUPS = frozenset(
+    ("model", "data", "stage", "loss", "optim", "trainer", "strategy", "callbacks", "logger", "recipe", "experiment")
+)
+
+
+def complete(arguments: Sequence[str], recipes: Sequence[str]) -> list[str]:
+    """Add what goes without saying.
+
+    * `model=NAME` alone brings the recipe of that name, or none where there is none: the numbers of one model do not
+      suit another.
+    * `data.meta=PATH` alone drops the default validation data, which belong to the default training data.
+
+    Args:
+        arguments: of the command line.
+        recipes: names of the recipe group.
+    """
+    values = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    added = []
+    if "model" in values and "recipe" not in values:
+        added.append(f"recipe={values['model'] if values['model'] in recipes else 'none'}")
+    if "data.meta" in values and "data.val_meta" not in values:
+        added.append("data.val_meta=null")
+    return [*arguments, *added]
+
+
+def check_keys(arguments: Sequence[str]) -> None:
+    """Refuse a misspelt setting with the accepted ones; Hydra's own message names none.
+
+    Raises:
+        ConfigError: lists every misspelt key.
+    """
+    faults = [fault for override in parse(arguments) if (fault := _fault(override)) is not None]
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def parse(arguments: Sequence[str]) -> list[Override]:
+    """The overrides among the arguments; Hydra's own flags are left out."""
+    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    return OverridesParser.create().parse_overrides(plain)
+
+
+def _fault(override: Override) -> str | None:
+    key = override.key_or_group
+    if key in GROUPS or "/" in key or key.split(".")[0] == "hydra" or override.package is not None:
+        return None
+    path = key.split(".")
+    if path[:2] == ["recipe", "stages"]:
+        path = path[3:]
+    return unknown_key(path)
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A nested mapping as forced overrides, `++a.b=value`, in order."""
+    for key, value in mapping.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{path}.")
+        else:
+            yield f"++{path}={literal(value)}"
+
+
+def literal(value: Any) -> str:
+    """A plain value in Hydra's override grammar, its type kept.
+
+    Raises:
+        TypeError: a value that has no such form.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(literal(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as a Hydra override")
+
+
+def _quoted(text: str) -> str:
+    # In Hydra's grammar a backslash is special only in front of a quote or at the end of the string.
+    escaped = text.replace("\\'", "\\\\\\'") if "\\'" in text else text.replace("'", "\\'")
+    if escaped.endswith("\\"):
+        escaped += "\\"
+    return f"'{escaped}'"

@@ -1,0 +1,195 @@
+"""One stage in one process: read its config.yaml, build, fit, validate, save, mark as finished."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import Callback
+from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+
+from ivl_lightning.checkpoints.weights import WEIGHTS_FOLDER, full_state_dict, save_weights
+from ivl_lightning.config.check import ConfigError, load
+from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
+from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
+from ivl_lightning.models.build import build_config, build_model, check_shapes, load_model
+from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
+from ivl_lightning.stages.supervised import SupervisedStage
+
+CONFIG_NAME = "config.yaml"
+RANDOM_WEIGHTS = "random"
+
+
+def run_stage(folder: Path) -> None:
+    """Train the stage whose resolved configuration lies in `folder`.
+
+    Raises:
+        ValueError: wrong settings, data or weights.
+    """
+    config = read_config(folder)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    L.seed_everything(config.seed, verbose=False)
+    tokenizer = stage_tokenizer(config)
+    datamodule = build_datamodule(config, tokenizer)
+    stage = build_stage(config, tokenizer)
+    trainer = build_trainer(config, folder)
+    losses = LossEnds()
+    trainer.callbacks.insert(0, losses)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(asdict(config))
+    start = time.monotonic()
+    checkpoint = newest_checkpoint(folder)
+    trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    trainer.validate(stage, datamodule, verbose=False)
+    state_dict = full_state_dict(stage.internvl)
+    if trainer.is_global_zero:
+        save_weights(stage.internvl, state_dict, tokenizer, folder / WEIGHTS_FOLDER)
+        _finish(config, folder, stage, trainer, losses, datamodule, time.monotonic() - start)
+    trainer.strategy.barrier()
+
+
+class LossEnds(Callback):
+    """Remembers the first and the last training loss, over restarts too."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.last = float("nan")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Read the loss of a finished step."""
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is None:
+            return
+        self.last = float(loss)
+        if self.first is None:
+            self.first = self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in checkpoints."""
+        return {"first": self.first, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue."""
+        self.first, self.last = state_dict["first"], state_dict["last"]
+
+
+def _finish(
+    config: RunConfig,
+    folder: Path,
+    stage: SupervisedStage,
+    trainer: L.Trainer,
+    losses: LossEnds,
+    datamodule: DynamicPackingDataModule,
+    seconds: float,
+) -> None:
+    Finished(
+        stage=config.stage.name,
+        settings=deciding_settings(config),
+        input_weights=input_hash(config),
+        output_weights=weights_hash(folder / WEIGHTS_FOLDER),
+        trained=list(stage.trainable),
+        steps=trainer.global_step,
+        loss_first=float("nan") if losses.first is None else losses.first,
+        loss_last=losses.last,
+        scores={name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        seconds=seconds,
+        rejected=dict(datamodule.ledger.counts),
+    ).write(folder)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The stage's resolved configuration."""
+    return load(RunConfig, yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Write config.yaml, what the stage's process reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def input_hash(config: RunConfig) -> str:
+    """Hash of the weights a stage starts from."""
+    source = config.init_from or config.model.path
+    return RANDOM_WEIGHTS if source is None else weights_hash(Path(source))
+
+
+def stage_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with the nine special tokens: `model.tokenizer`, or the one beside the weights.
+
+    Raises:
+        ConfigError: neither is given.
+    """
+    source = config.model.tokenizer or config.init_from or config.model.path
+    if source is None:
+        raise ConfigError("model.tokenizer is missing: give a folder of tokenizer files, or model.path or init_from")
+    tokenizer = load_tokenizer(source)
+    add_special_tokens(tokenizer)
+    return tokenizer
+
+
+def model_shapes(config: RunConfig) -> InternVLConfig:
+    """Shapes of the network, from the config or from the folder it is read from."""
+    if config.model.language_model:
+        return build_config(config.model)
+    source = config.init_from or config.model.path
+    if source is None:
+        raise ConfigError(f"model={config.model.name} has neither shapes nor a path: give model.path")
+    return AutoConfig.from_pretrained(source, local_files_only=True)
+
+
+def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DynamicPackingDataModule:
+    """The data of a stage.
+
+    Raises:
+        ConfigError: tiles of another size than the vision tower takes.
+    """
+    shapes = model_shapes(config)
+    side = shapes.vision_config.image_size[0]
+    if side != config.data.tile_size:
+        raise ConfigError(f"data.tile_size={config.data.tile_size}, but the vision tower takes {side}: make them equal")
+    return DynamicPackingDataModule(
+        config.data,
+        tokenizer,
+        template=config.model.template,
+        seed=config.seed,
+        patch_size=shapes.vision_config.patch_size[0],
+        downsample_ratio=shapes.downsample_ratio,
+    )
+
+
+def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SupervisedStage:
+    """The LightningModule of a stage; it builds its network when Lightning asks for it."""
+    settings = config.stage
+    stage_class = get_class(settings._target_)
+    return stage_class(
+        partial(initial_model, config, tokenizer),
+        loss=instantiate(asdict(config.loss)),
+        optim=config.optim,
+        trainable=settings.trainable,
+        trainable_vision_layers=settings.trainable_vision_layers,
+        drop_path_rate=settings.drop_path_rate,
+        activation_checkpointing=config.model.activation_checkpointing,
+        generation_tokens=settings.generation_tokens,
+        sharding=config.strategy,
+    )
+
+
+def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
+    """The network a stage starts from: the weights of `init_from`, or what `model` describes."""
+    if config.init_from is None:
+        return build_model(config.model, tokenizer)
+    model = load_model(config.init_from, dtype=getattr(torch, config.model.dtype), attention=config.model.attention)
+    check_shapes(model, config.model)
+    return model

@@ -1,0 +1,173 @@
+"""Attention over a pack: a document never sees another one.
+
+Registered with transformers as `ivl_packed`. On CUDA one variable-length kernel call (torch's own, or flash-attn where
+torch has none); elsewhere one scaled-dot-product call per document, which costs the sum of squared document lengths
+where a dense block mask would cost the square of the whole pack.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "ivl_packed"
+
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
+
+
+def boundaries(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor | int]:
+    """Keyword arguments that carry document boundaries through transformers to the attention function.
+
+    Args:
+        cu_seqlens: int32 `[D + 1]`, cumulative lengths from 0 to L; on the CPU, so that reading the longest
+            document does not wait for the device.
+        device: where the kernel runs.
+    """
+    longest = int(cu_seqlens.diff().max())
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document of a pack.
+
+    Args:
+        module: the calling attention layer.
+        query: `[1, H, L, D]`.
+        key: `[1, K, L, D]`, K dividing H.
+        value: as key.
+        attention_mask: must be None; boundaries come from `cu_seq_lens_q`.
+        scaling: factor on the scores; D^-0.5 where None.
+        dropout: must be 0; packed kernels of this kind have none.
+        sliding_window: keys a query sees at most, itself included.
+        cu_seq_lens_q: int32 `[documents + 1]`.
+        max_length_q: longest document.
+
+    Returns:
+        `[1, L, H, D]` and None for the attention weights.
+
+    Raises:
+        ValueError: there are no boundaries, a mask was given, keys of a cache are present, or dropout is asked for.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError("packed attention needs cu_seq_lens_q: without document boundaries documents would leak")
+    if attention_mask is not None:
+        raise ValueError("packed attention takes cu_seq_lens_q instead of an attention mask")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError("packed attention cannot use a cache: pass use_cache=False, or generate with sdpa")
+    if dropout:
+        raise ValueError(f"packed attention has no dropout, but the model asks for {dropout}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda:
+        rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        kernel = varlen_kernel()
+        output = kernel(*rows, cu_seq_lens_q.to(query.device), max_length_q, scaling, sliding_window)
+        return output.unsqueeze(0), None
+    return _per_document(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+
+
+def _per_document(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    outputs = [
+        attend(q, k, v, attn_mask=_window_mask(q.shape[2], window, q.device))
+        if window is not None and window < q.shape[2]
+        else attend(q, k, v, is_causal=True)
+        for q, k, v in documents
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+@cache
+def varlen_kernel() -> VarlenKernel:
+    """The variable-length kernel of this machine, its signature looked at once.
+
+    Raises:
+        RuntimeError: neither torch nor flash-attn offers one.
+    """
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return _torch_kernel(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
+    if importlib.util.find_spec("flash_attn") is not None:
+        return partial(_flash_attn, importlib.import_module("flash_attn").flash_attn_varlen_func)
+    raise RuntimeError("no packed attention kernel for CUDA: install torch>=2.11, or flash-attn (extra `flash`)")
+
+
+def _torch_kernel(varlen_attn: Callable[..., Tensor]) -> VarlenKernel:
+    accepted = inspect.signature(varlen_attn).parameters
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scaling: float, window: int | None
+    ) -> Tensor:
+        options: dict[str, object] = {}
+        if "window_size" in accepted:
+            options["window_size"] = (-1 if window is None else window - 1, 0)
+        elif window is None or window >= longest:
+            options["is_causal"] = True
+        else:
+            raise ValueError(f"this torch has no sliding window of {window} in packed attention: use flash_attention_2")
+        if "scale" in accepted:
+            options["scale"] = scaling
+        else:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = key.shape[1] != query.shape[1]
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        return varlen_attn(query, key, value, cu, cu, longest, longest, **options)
+
+    return kernel
+
+
+def _flash_attn(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu: Tensor,
+    longest: int,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    size = (-1, -1) if window is None else (window - 1, 0)
+    return function(
+        query, key, value, cu, cu, longest, longest, softmax_scale=scaling, causal=True, window_size=size
+    )
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

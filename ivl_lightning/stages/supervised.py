@@ -1,0 +1,242 @@
+"""What every supervised stage does: next-token loss on packs, answers scored in validation.
+
+A stage is this class with another choice of what trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from rich import print as rich_print
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torchmetrics import MeanMetric
+from transformers import InternVLForConditionalGeneration
+
+from ivl_lightning.config.schema import OptimConfig, Part, StrategyConfig
+from ivl_lightning.inference.answers import decode_answers
+from ivl_lightning.losses.next_token import NextTokenLoss
+from ivl_lightning.metrics.exact_match import ExactMatch
+from ivl_lightning.models.build import enable_activation_checkpointing
+from ivl_lightning.models.drop_path import apply_drop_path
+from ivl_lightning.models.freeze import frozen_modules, model_parts, part_sizes, set_trainable
+from ivl_lightning.models.shard import shard_model
+from ivl_lightning.optim.param_groups import parameter_groups
+from ivl_lightning.optim.schedule import WarmupSchedule
+from ivl_lightning.reweighting import Reduction
+from ivl_lightning.stages.root import InternVLWithLoss
+from ivl_lightning.stages.tables import trainable_table
+from ivl_lightning.structures import Answer, PackedBatch, PromptBatch
+
+ModelSource = InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
+
+
+class SupervisedStage(L.LightningModule):
+    """Trains on `PackedBatch`, validates on `PackedBatch` (loss) and `PromptBatch` (exact match of answers).
+
+    Args:
+        model: the network, or a function that builds it; a function is called once the strategy is set up.
+        loss: the loss head; reweighted (square, step) by default.
+        optim: optimizer and schedule.
+        trainable: parts that train; the stage's own choice by default.
+        trainable_vision_layers: of a trainable tower only the last n layers.
+        drop_path_rate: stochastic depth of the vision tower.
+        activation_checkpointing: recompute each block in backward.
+        generation_tokens: most tokens of an answer.
+        sharding: dtype and resharding under FSDP.
+    """
+
+    default_trainable: ClassVar[tuple[Part, ...]]
+
+    def __init__(
+        self,
+        model: ModelSource,
+        *,
+        loss: NextTokenLoss | None = None,
+        optim: OptimConfig | None = None,
+        trainable: list[Part] | None = None,
+        trainable_vision_layers: int | None = None,
+        drop_path_rate: float = 0.0,
+        activation_checkpointing: bool = False,
+        generation_tokens: int = 32,
+        sharding: StrategyConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_source = model
+        self.loss_head = loss or NextTokenLoss()
+        self.optim = optim or OptimConfig()
+        self.trainable: tuple[Part, ...] = tuple(trainable) if trainable else self.default_trainable
+        self.trainable_vision_layers = trainable_vision_layers
+        self.drop_path_rate = drop_path_rate
+        self.activation_checkpointing = activation_checkpointing
+        self.generation_tokens = generation_tokens
+        self.sharding = sharding or StrategyConfig()
+        self.root: InternVLWithLoss | None = None
+        self.val_loss = MeanMetric()
+        self.val_scores = nn.ModuleDict()
+        self.progress = 0.0
+        self._step_sum: Tensor | None = None
+
+    @property
+    def reduction(self) -> Reduction:
+        """Reweighting rule; the data module weighs and plans by it."""
+        return self.loss_head.reduction
+
+    @property
+    def internvl(self) -> InternVLForConditionalGeneration:
+        """The network. Only its root may run it; others may read its configuration or save it."""
+        assert self.root is not None, "configure_model has not run yet"
+        return self.root.internvl
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build, freeze, wrap and shard; called by Lightning once devices are known, or by hand without a trainer."""
+        if self.root is not None:
+            return
+        source = self.model_source
+        model = source if isinstance(source, nn.Module) else source()
+        apply_drop_path(model.model.vision_tower, self.drop_path_rate)
+        set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
+        if self.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        mesh = self.device_mesh
+        alone = self._trainer is None or self.trainer.world_size == 1
+        always_run_vision = not alone and (mesh is not None or "vision" in self.trainable or "projector" in self.trainable)
+        self.root = InternVLWithLoss(model, self.loss_head, always_run_vision=always_run_vision)
+        if mesh is not None:
+            shard_model(
+                self.root,
+                model,
+                mesh["data_parallel"],
+                param_dtype=getattr(torch, self.sharding.param_dtype),
+                reshard_after_forward=self.sharding.reshard_after_forward,
+            )
+            register_fsdp_forward_method(self.root, "generate")
+
+    def setup(self, stage: str) -> None:
+        """One score per validation dataset."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", ())
+        for name in names:
+            if name not in self.val_scores:
+                self.val_scores[name] = ExactMatch()
+
+    def on_fit_start(self) -> None:
+        """Show what trains."""
+        if self.trainer.is_global_zero:
+            rich_print(trainable_table(type(self).__name__, part_sizes(self.internvl)))
+
+    def train(self, mode: bool = True) -> SupervisedStage:
+        """Frozen parts stay in eval mode: no drop path where nothing learns."""
+        super().train(mode)
+        if mode and self.root is not None:
+            for module in frozen_modules(self.root.internvl):
+                module.eval()
+        return self
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Lightning leaves the modes as they were; a resumed or reused module may be in eval mode."""
+        self.train()
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Under FSDP gradients travel only with a step's last micro-batch."""
+        if isinstance(self.root, FSDPModule):
+            planned = batch.planned
+            self.root.set_requires_gradient_sync(planned.micro_step + 1 == planned.num_micro_steps)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, scaled so that the step's gradient is that of (sum of S) / W."""
+        assert self.root is not None
+        planned = batch.planned
+        weighted_sum, _ = self.root(batch)
+        self.progress = planned.progress
+        self._log_step(weighted_sum.detach(), batch)
+        return self.loss_head.normalise(
+            weighted_sum, batch.loss_weights, planned.weight_sum, planned.packs_per_step
+        )
+
+    def _log_step(self, weighted_sum: Tensor, batch: PackedBatch) -> None:
+        """Add up S over the step's micro-batches; log (sum of S) / W over all ranks with its last one."""
+        planned = batch.planned
+        self._step_sum = weighted_sum if planned.micro_step == 0 or self._step_sum is None else self._step_sum + weighted_sum
+        if planned.micro_step + 1 < planned.num_micro_steps:
+            return
+        total = self.trainer.strategy.reduce(self._step_sum, reduce_op="sum")
+        self.log("train/loss", total / planned.weight_sum, prog_bar=True, batch_size=1)
+        self.log("train/progress", planned.progress, batch_size=1)
+        self._step_sum = None
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over the trainable parameters, by part, with warm-up and cosine."""
+        optim = self.optim
+        parts = model_parts(self.internvl)
+        named = {
+            part: [item for module in modules for item in module.named_parameters()] for part, modules in parts.items()
+        }
+        groups = parameter_groups(
+            named,
+            lr={part: optim.lr_by_part.get(part, optim.lr) for part in parts},
+            weight_decay={part: optim.weight_decay_by_part.get(part, optim.weight_decay) for part in parts},
+            decay=optim.decay,
+            vision_layers=len(self.internvl.model.vision_tower.encoder.layer),
+            vision_layer_decay=optim.vision_layer_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        max_steps = self.trainer.max_steps
+        schedule = WarmupSchedule(
+            shape=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            warmup_ratio=optim.warmup_ratio,
+            max_steps=None if max_steps == -1 else max_steps,
+            min_ratio=optim.min_lr_ratio,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, self.progress))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    def validation_step(
+        self, batch: PackedBatch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[Answer] | None:
+        """Loss of a pack, or the answers to a batch of prompts."""
+        assert self.root is not None
+        if isinstance(batch, PackedBatch):
+            _, token_losses = self.root(batch)
+            if len(token_losses):
+                self.val_loss.update(token_losses, weight=batch.loss_weights)
+            return None
+        answers = self._answer(batch)
+        for answer in answers:
+            if answer.record.dataset in self.val_scores:
+                self.val_scores[answer.record.dataset].update([answer.generated], [answer.expected])
+        return answers
+
+    def _answer(self, batch: PromptBatch) -> list[Answer]:
+        assert self.root is not None
+        tokenizer = self.trainer.datamodule.tokenizer
+        tokens = self.root.generate(
+            batch,
+            max_new_tokens=self.generation_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self.trainer.datamodule.stop_ids,
+            synced_gpus=isinstance(self.root, FSDPModule),
+        )
+        return decode_answers(tokens, batch, tokenizer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, each dataset's score and their mean."""
+        self.log("val/loss", self.val_loss.compute())
+        self.val_loss.reset()
+        scores = {name: metric.compute() for name, metric in self.val_scores.items() if int(metric.total)}
+        for name, score in scores.items():
+            self.log(f"val/exact_match/{name}", score)
+        if scores:
+            self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True)
+        for metric in self.val_scores.values():
+            metric.reset()
