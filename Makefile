@@ -1,0 +1,64 @@
+# `make help` lists the targets. Only Python 3.11 to 3.13, git and make are needed beforehand.
+#
+#   PYTHON=python3.12 make test      another interpreter for the environment
+#   make train ARGS="seed=1"         settings for train.py; for the test targets, arguments for pytest
+#   JOBS=4 make test                 test processes
+
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= 2
+ARGS   ?=
+
+# Test processes share the cores; torch would otherwise start as many threads as there are cores in each of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format bench soak gpu clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1: \2/p' $(firstword $(MAKEFILE_LIST)) 
+
+setup: $(STAMP) ## make .venv and install, again only where pyproject.toml or constraints.txt changed
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python found; install Python 3.11, 3.12 or 3.13, or give PYTHON=PATH" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); Python 3.11, 3.12 or 3.13 is needed, give PYTHON=PATH" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(STAMP) ## set up, then train the miniature through every stage on CPU
+	$(BIN)/python train.py $(ARGS)
+
+test: $(STAMP) ## set up, then run the test suite
+	$(PYTEST) -n $(JOBS) $(ARGS)
+
+lint: $(STAMP) ## set up, then style, types, layers and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell .
+
+format: $(STAMP) ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure: every tests/benchmarks/bench_*.py
+	@set -e; found=no; for file in tests/benchmarks/bench_*.py; do \
+		test -f "$$file" || continue; found=yes; echo "== $$file"; $(BIN)/python "$$file" $(ARGS); \
+	done; test $$found = yes || echo "there is no benchmark yet: tests/benchmarks/ holds no bench_*.py"
+
+soak: $(STAMP) ## tests that take minutes
+	$(PYTEST) -m soak $(ARGS)
+
+gpu: $(STAMP) ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
