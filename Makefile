@@ -4,7 +4,10 @@
 #   make train ARGS="seed=1"         settings for train.py; for the test targets, arguments for pytest
 #   JOBS=4 make test                 test processes
 
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+# The first that runs, is of a supported version and can make environments. A name on the PATH need not run (pyenv).
+USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
+	"$$name" -c '$(USABLE)' 2>/dev/null && echo "$$name" && break; done)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -23,9 +26,8 @@ help: ## this list
 setup: $(STAMP) ## make .venv and install, again only where pyproject.toml or constraints.txt changed
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python found; install Python 3.11, 3.12 or 3.13, or give PYTHON=PATH" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
-		{ echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); Python 3.11, 3.12 or 3.13 is needed, give PYTHON=PATH" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(USABLE)' 2>/dev/null || { echo "error: no usable Python ($(PYTHON)): install Python 3.11, 3.12 or" \
+		"3.13 with its venv module (python3-venv on Debian and Ubuntu), or give PYTHON=PATH" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
