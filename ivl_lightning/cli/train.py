@@ -44,8 +44,6 @@ def run(composed: DictConfig) -> None:
     # Imported late: --help, --cfg and wrong settings need neither torch nor matplotlib.
     from ivl_lightning.launch.chain import StageFailedError, run_chain
     from ivl_lightning.launch.compose import compose_stage, stage_names
-    from ivl_lightning.reporting.report import write_report
-    from ivl_lightning.reporting.table import print_stage_table
 
     run_dir = job_folder(composed.run_dir)
     arguments = [*HydraConfig.get().overrides.task, *_search_path()]
@@ -56,6 +54,9 @@ def run(composed: DictConfig) -> None:
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    from ivl_lightning.reporting.report import write_report
+    from ivl_lightning.reporting.table import print_stage_table
+
     print_stage_table(results)
     print(f"report: {write_report(run_dir)}")
 

@@ -134,15 +134,14 @@ class PromptDataset(Dataset[PromptBatch]):
 
 
 def prompt_groups(rows: Sequence[int], *, size: int, rank: int, world_size: int) -> list[PromptGroup]:
-    """This rank's groups; every rank gets the same number of groups of the same size, padded with uncounted rows."""
-    if not rows:
-        return []
-    per_round = size * world_size
-    padded = [*rows, *[rows[0]] * (-len(rows) % per_round)]
+    """This rank's groups of at most `size` rows; every rank gets the same number of groups, so that forwards match.
+
+    A rank without a row in the last round answers a row that is not counted.
+    """
     groups = []
-    for start in range(rank * size, len(padded), per_round):
-        places = range(start, start + size)
-        groups.append(PromptGroup(tuple(padded[p] for p in places), tuple(p < len(rows) for p in places)))
+    for start in range(0, len(rows), size * world_size):
+        own = rows[start : start + size * world_size][rank::world_size]
+        groups.append(PromptGroup(tuple(own), (True,) * len(own)) if own else PromptGroup((rows[0],), (False,)))
     return groups
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from ivl_lightning.config.schema import RunConfig
@@ -39,6 +39,7 @@ def build_trainer(config: RunConfig, folder: Path) -> L.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=settings.log_every_n_steps,
         enable_progress_bar=settings.progress_bar,
+        enable_model_summary=False,
         deterministic=settings.deterministic,
         use_distributed_sampler=False,
         default_root_dir=folder,
@@ -55,6 +56,8 @@ def build_loggers(config: RunConfig) -> list[Logger] | bool:
 def build_callbacks(config: RunConfig, folder: Path) -> list[Callback]:
     """Checkpoints, learning rates, and the configured callbacks."""
     callbacks: list[Callback] = [instantiate(entry) for entry in config.callbacks.values() if entry is not None]
+    if not config.trainer.progress_bar:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if config.logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return [*callbacks, _checkpoints(config, folder)]

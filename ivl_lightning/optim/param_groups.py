@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import Parameter
 
 _VISION_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-_EMBEDDING_NAMES = ("embed", "cls_token", "position")
+_EMBEDDINGS = ("embed_tokens", "cls_token", "position_embeddings")
 
 
 def parameter_groups(
@@ -60,7 +60,7 @@ def parameter_groups(
 
 
 def _is_matrix(name: str, parameter: Parameter) -> bool:
-    return parameter.ndim >= 2 and not any(word in name and "projection" not in name for word in _EMBEDDING_NAMES)
+    return parameter.ndim >= 2 and not any(embedding in name for embedding in _EMBEDDINGS)
 
 
 def _layer_scale(name: str, num_layers: int, rate: float) -> float:

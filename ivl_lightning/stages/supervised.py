@@ -231,12 +231,13 @@ class SupervisedStage(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss, each dataset's score and their mean."""
-        self.log("val/loss", self.val_loss.compute())
+        # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
+        self.log("val/loss", self.val_loss.compute(), sync_dist=True)
         self.val_loss.reset()
         scores = {name: metric.compute() for name, metric in self.val_scores.items() if int(metric.total)}
         for name, score in scores.items():
-            self.log(f"val/exact_match/{name}", score)
+            self.log(f"val/exact_match/{name}", score, sync_dist=True)
         if scores:
-            self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True)
+            self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
         for metric in self.val_scores.values():
             metric.reset()
