@@ -99,7 +99,9 @@ class PackPlanner:
         return not self._pool and self._next >= len(tokens)
 
     def _fill_window(self, tokens: Sequence[int], tiles: Sequence[int]) -> None:
-        while len(self._window) < WINDOW_GROUPS * self.world_size:
+        # Groups of one are of like cost by themselves: packs then pass in the order in which they were filled.
+        size = 1 if self.world_size == 1 else WINDOW_GROUPS * self.world_size
+        while len(self._window) < size:
             self._fill_pool(tokens, tiles)
             if not self._pool:
                 return
@@ -134,8 +136,7 @@ class PackPlanner:
         """Sort by cost, cut into groups, shuffle the groups; a short last group stays last."""
         packs = self._window
         self._window = []
-        if self.world_size > 1:
-            packs = sorted(packs, key=lambda samples: self.pack_cost(samples, tokens, tiles))
+        packs.sort(key=lambda samples: self.pack_cost(samples, tokens, tiles))
         groups = [packs[start : start + self.world_size] for start in range(0, len(packs), self.world_size)]
         full = [group for group in groups if len(group) == self.world_size]
         short = [group for group in groups if len(group) < self.world_size]

@@ -1,0 +1,210 @@
+"""Every config composes, is checked by the schema, and instantiates on the meta device."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+from transformers import InternVLForConditionalGeneration
+
+from ivl_lightning.config import schema
+from ivl_lightning.config.check import ConfigError, load
+from ivl_lightning.launch.compose import STAGES, compose_stage, stage_names
+from ivl_lightning.launch.overrides import check_keys, complete, flatten, literal, parse
+from ivl_lightning.models.build import build_config
+from ivl_lightning.stages.supervised import SupervisedStage
+
+CONF = Path(__file__).parents[2] / "conf"
+PARAMETERS = {
+    "internvl2_5_1b": 938_193_024,
+    "internvl2_5_2b": 2_205_754_368,
+    "internvl2_5_4b": 3_712_637_952,
+    "internvl2_5_8b": 8_075_365_376,
+    "internvl2_5_26b": 25_514_186_112,
+    "internvl2_5_38b": 38_388_164_992,
+    "internvl2_5_78b": 78_408_318_336,
+}
+GROUP_SCHEMAS = {
+    "data/default": schema.DataConfig,
+    "loss/next_token": schema.LossConfig,
+    "optim/adamw": schema.OptimConfig,
+    "trainer/default": schema.TrainerConfig,
+    "strategy/single": schema.StrategyConfig,
+    "model/custom": schema.ModelConfig,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_configs():
+    with initialize_config_module("ivl_lightning.conf", version_base="1.3"):
+        yield
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def stage_config(name: str, *arguments: str) -> schema.RunConfig:
+    return compose_stage(name, arguments, run_dir="RUN")
+
+
+@pytest.mark.parametrize("name", names("recipe"))
+def test_every_stage_of_every_recipe(name):
+    arguments = [f"recipe={name}", "data.meta=META"]
+    stages = list(compose("train", overrides=arguments).recipe.stages)
+    assert stages or name == "none"
+    for stage in stages:
+        config = stage_config(stage, *arguments)
+        assert config.recipe.name == name
+        assert issubclass(get_class(config.stage._target_), SupervisedStage)
+        assert instantiate({"_target_": config.loss._target_}).reduction == config.loss.reduction
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [(group, name) for group in ("optim", "loss", "trainer", "strategy", "logger", "callbacks", "experiment") for name in names(group)],
+)
+def test_every_choice_of_the_small_groups(group, choice):
+    stage_config("instruction_tuning", f"{group}={choice}", *(["trainer.devices=2"] if choice in ("ddp", "fsdp") else []))
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_every_model_on_meta(name):
+    """Built without memory; the published sizes have exactly the published number of parameters."""
+    config = load(schema.ModelConfig, OmegaConf.to_container(compose("train", overrides=[f"model={name}"]).model))
+    if name == "custom":
+        return
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(build_config(config))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == PARAMETERS.get(name, count)
+
+
+def test_all_published_sizes_have_a_model_and_a_recipe():
+    assert set(PARAMETERS) <= set(names("model")) & set(names("recipe"))
+
+
+@pytest.mark.parametrize(("name", "kind"), GROUP_SCHEMAS.items())
+def test_yaml_and_schema_agree(name, kind):
+    """The YAML lists every setting, with the schema's default, so that Hydra knows them all and defaults stand once."""
+    values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert set(values) == {field.name for field in fields(kind)}
+    required = {name: value for name, value in (("meta", "M"), ("name", values.get("name"))) if name in values}
+    if kind is schema.DataConfig:
+        values["cache_dir"] = None  # in a run it lies in the run folder
+    assert load(kind, {**values, **required}) == kind(**required)
+
+
+def test_published_numbers_of_a_recipe():
+    """8B, stage 2: lr 4e-5, 5500 steps of 512 packs, weight decay 0.05, drop path 0.1; stage 1: 2e-4, warm-up 100."""
+    tuning = stage_config("instruction_tuning", "recipe=internvl2_5_8b", "data.meta=M")
+    assert (tuning.optim.lr, tuning.trainer.max_steps, tuning.data.packs_per_step) == (4e-5, 5500, 512)
+    assert (tuning.optim.weight_decay, tuning.stage.drop_path_rate, tuning.optim.warmup_ratio) == (0.05, 0.1, 0.03)
+    warmup = stage_config("mlp_warmup", "recipe=internvl2_5_8b", "data.meta=M")
+    assert (warmup.optim.lr, warmup.optim.warmup_steps, warmup.stage.drop_path_rate) == (2e-4, 100, 0.0)
+    incremental = stage_config("vit_incremental", "recipe=internvl2_5_26b", "data.meta=M")
+    assert (incremental.data.packs_per_step, incremental.stage.drop_path_rate) == (1024, 0.4)
+
+
+def test_later_wins():
+    """train.yaml < stage group < recipe entry < command line; recipe.stages.NAME reaches one stage alone."""
+    assert stage_config("mlp_warmup").optim.lr != 7e-3
+    assert stage_config("mlp_warmup", "optim.lr=7e-3").optim.lr == 7e-3
+    one = "recipe.stages.mlp_warmup.optim.lr=7e-3"
+    assert stage_config("mlp_warmup", one).optim.lr == 7e-3
+    assert stage_config("instruction_tuning", one).optim.lr != 7e-3
+    assert stage_config("mlp_warmup", one, "optim.lr=8e-3").optim.lr == 8e-3
+
+
+def test_stage_data():
+    text = stage_config("mlp_warmup", "+stage_data.mlp_warmup=/data/one.json")
+    assert text.data.meta == "/data/one.json"
+    mapping = stage_config("mlp_warmup", "+stage_data.mlp_warmup={meta: /two.json, max_tiles: 2}")
+    assert (mapping.data.meta, mapping.data.max_tiles) == ("/two.json", 2)
+    assert stage_config("instruction_tuning", "+stage_data.mlp_warmup=/one.json").data.meta != "/one.json"
+
+
+def test_stage_names_and_aliases():
+    assert stage_names([1, 1.5, "2"], []) == ["mlp_warmup", "vit_incremental", "instruction_tuning"]
+    assert stage_names(None, ["instruction_tuning", "mlp_warmup"]) == ["mlp_warmup", "instruction_tuning"]
+    for wrong, message in ((["3"], "not known: use"), ([], "no stage"), (["1", "mlp_warmup"], "twice")):
+        with pytest.raises(ConfigError, match=message):
+            stage_names(wrong, STAGES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("seed=abc", r"seed='abc': input should be a valid integer"),
+        ("optim.lr=fast", r"optim.lr='fast': input should be a valid number"),
+        ("loss.reduction=squared", r"loss.reduction='squared': input should be 'token', 'sample' or 'square'"),
+        ("trainer.max_steps=1.5", r"trainer.max_steps=1.5"),
+        ("+optim.lrr=1", r"optim.lrr is not a setting. Did you mean lr\? Accepted here: betas"),
+        ("+recipe.stages.mlp_warmup.optim.lrr=1", r"optim.lrr is not a setting. Did you mean lr\?"),
+        ("data.meta=???", r"not given: data.meta"),
+        ("trainer.devices=2", r"strategy=single runs one process.*trainer.devices=2"),
+        ("data.tile_size=448", r"data.tile_size=448, but model.vision.image_size=64"),
+        ("model.name=other", r"recipe=miniature has the numbers of model=miniature, but model=other"),
+        ("stage.drop_path_rate=1.0", r"stage.drop_path_rate=1.0"),
+        ("stage.trainable=[vit]", r"stage.trainable.0='vit': input should be 'vision', 'projector' or 'llm'"),
+        ("data.val_rows=3", r"data.val_meta=.* and data.val_rows=3: give one"),
+    ],
+)
+def test_wrong_settings_name_key_and_accepted_values(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        stage_config("mlp_warmup", argument)
+
+
+def test_several_contradictions_are_listed_together():
+    with pytest.raises(ConfigError, match=r"packs_per_step=4 cannot be dealt to 3[\s\S]*reject_limit=2.0"):
+        stage_config("mlp_warmup", "trainer.devices=3", "strategy=ddp", "data.reject_limit=2.0")
+
+
+def test_misspelt_keys_before_hydra():
+    check_keys(["optim.lr=1", "recipe.stages.mlp_warmup.optim.lr=1", "model=x", "hydra.run.dir=x", "callbacks.a.b=1"])
+    for wrong in ("optim.lrr=1", "++optm.lr=1", "recipe.stages.mlp_warmup.optim.lrr=1", "data.metta=x"):
+        with pytest.raises(ConfigError, match="is not a setting.*Did you mean"):
+            check_keys([wrong])
+
+
+def test_what_is_added_to_the_command_line():
+    assert complete(["model=a", "x=1"], ["a"]) == ["model=a", "x=1", "recipe=a"]
+    assert complete(["model=b"], ["a"]) == ["model=b", "recipe=none"]
+    assert complete(["model=b", "recipe=a"], ["a"]) == ["model=b", "recipe=a"]
+    assert complete(["data.meta=x"], []) == ["data.meta=x", "data.val_meta=null"]
+    assert complete(["data.meta=x", "data.val_meta=y"], []) == ["data.meta=x", "data.val_meta=y"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 3, 1e-05, "plain", "it's", "a,b=c", "back\\slash", "end\\", "1e-5", "null", "", [1, "x", None], {"k": [0.5]}],
+)
+def test_values_survive_the_override_grammar(value):
+    """A recipe's values become overrides: type and text must come back as they were."""
+    assert parse([f"key={literal(value)}"])[0].value() == value
+
+
+def test_flatten_keeps_order():
+    assert list(flatten({"a": {"b": 1, "c": {"d": None}}, "e": {}})) == ["++a.b=1", "++a.c.d=null", "++e={}"]
+
+
+@pytest.mark.parametrize("sweep", names("sweep"))
+def test_sweep_commands_are_parsed_back(sweep):
+    """YAML -> the argv an agent would run, by W&B's own functions -> our parser: every key is a setting."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    config = yaml.safe_load((CONF / f"sweep/{sweep}.yaml").read_text())
+    chosen = {
+        key: {"value": spec["values"][0] if "values" in spec else spec.get("value", spec.get("min"))}
+        for key, spec in config["parameters"].items()
+    }
+    arguments = utils.create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    check_keys(arguments)
+    values = {override.key_or_group: override.value() for override in parse(arguments)}
+    assert values == {key: spec["value"] for key, spec in chosen.items()}
+    assert "${args_no_hyphens}" in config["command"]
+    assert config["metric"]["name"].startswith("val/")
+    stage_config("instruction_tuning", "data.meta=M", *arguments)

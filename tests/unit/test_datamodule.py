@@ -1,0 +1,231 @@
+"""Index, ledger, corpus and the data module on real files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.constants import IGNORE_INDEX
+from ivl_lightning.data.corpus import hold_back
+from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.data.dataset import prompt_groups
+from ivl_lightning.data.encoding import tokens_per_tile
+from ivl_lightning.data.ledger import TooManyRejectsError
+from tests import tiny
+
+FAULTS = Path(__file__).parents[1] / "fixtures/faults"
+
+
+def module(meta: Path, tokenizer, *, seed: int = 0, patch_size: int = tiny.PATCH_SIZE, **changes):
+    data = DynamicPackingDataModule(tiny.tiny_data_config(meta, **changes), tokenizer, seed=seed, patch_size=patch_size)
+    data.setup("fit")
+    return data
+
+
+def test_tokens_of_a_tile():
+    """448 / 14 = 32 patches a side, 16 after unshuffling: 256. 32 / 8 = 4, 2: 4."""
+    assert tokens_per_tile() == 256
+    assert tokens_per_tile(32, 8, 0.5) == 4
+
+
+def test_the_index_is_exact(meta, tokenizer):
+    """What a worker produces has the tokens, labels and tiles that were measured from headers."""
+    corpus = module(meta, tokenizer).train_corpus
+    assert len(corpus) == 24
+    for row in range(len(corpus)):
+        dataset, record = corpus.locate(row)
+        encoded = corpus.encoders[dataset].encode(record, None)
+        assert len(encoded.input_ids) == corpus.column("tokens")[row]
+        assert sum(label != IGNORE_INDEX for label in encoded.labels[1:]) == corpus.column("labels")[row]
+        tiles = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
+        assert tiles == corpus.column("tiles")[row]
+        slots = encoded.input_ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+        assert slots == tiles * tiny.TILE_TOKENS
+
+
+def test_text_costs_no_tile(meta, tokenizer):
+    corpus = module(meta, tokenizer).train_corpus
+    texts = [row for row in range(len(corpus)) if corpus.locate(row)[1].dataset == "text"]
+    assert texts
+    assert corpus.column("tiles")[texts].sum() == 0
+
+
+def test_an_epoch_reads_every_row_once(meta, tokenizer):
+    batches = list(module(meta, tokenizer).train_dataloader())
+    names = [name for batch in batches for name in batch.sample_ids]
+    assert len(names) == len(set(names)) == 24
+    for batch in batches:
+        assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape
+        assert batch.input_ids.shape[1] <= 256
+        assert len(batch.pixel_values) <= 16
+        assert batch.pixel_values.dtype == torch.uint8
+        assert int(batch.cu_seqlens[-1]) == batch.input_ids.shape[1]
+        assert torch.equal(batch.loss_targets, batch.labels[0][batch.loss_rows + 1])
+
+
+def test_workers_change_nothing(meta, tokenizer):
+    """The same batches with 0 and 2 loader processes, JPEG degradation included."""
+    content = json.loads(meta.read_text())
+    content["pictures"]["data_augment"] = True
+    meta.write_text(json.dumps(content))
+    runs = [list(module(meta, tokenizer, num_workers=workers).train_dataloader()) for workers in (0, 2)]
+    assert len(runs[0]) == len(runs[1])
+    for one, two in zip(*runs, strict=True):
+        assert torch.equal(one.input_ids, two.input_ids)
+        assert torch.equal(one.pixel_values, two.pixel_values)
+    other = list(module(meta, tokenizer, seed=1).train_dataloader())
+    assert any(not torch.equal(a.input_ids, b.input_ids) for a, b in zip(runs[0], other, strict=False))
+
+
+def test_held_back_rows_are_not_trained(meta, tokenizer):
+    data = module(meta, tokenizer, val_rows=5)
+    places = [{corpus.locate(row)[1].id for row in range(len(corpus))} for corpus in (data.train_corpus, data.val_corpus)]
+    assert len(places[0]) == 19
+    assert len(places[1]) == 5
+    assert not places[0] & places[1]
+    packs, prompts = data.val_dataloader()
+    assert sum(len(batch.sample_ids) for batch in packs) == 5
+    assert sum(sum(batch.counted) for batch in prompts) == 5
+
+
+def test_hold_back_keeps_equal_rows_together():
+    """Digests 3, 1, 1, 2 and one row asked for: both rows with digest 1 go."""
+    digests = np.array([3, 1, 1, 2], dtype=np.uint64)
+    assert hold_back(digests, 1).tolist() == [False, True, True, False]
+    assert not hold_back(digests, 0).any()
+    with pytest.raises(ValueError, match="val_rows=4 would hold back all 4"):
+        hold_back(digests, 4)
+
+
+def test_validation_tiles_are_a_setting_of_their_own(meta, tokenizer):
+    """Training follows max_dynamic_patch (4); validation val_max_tiles (1): one tile an image."""
+    data = module(meta, tokenizer, val_rows=12, val_max_tiles=1)
+    corpus = data.val_corpus
+    for row in range(len(corpus)):
+        image = corpus.locate(row)[1].row.get("image")
+        expected = len(image) if isinstance(image, list) else int(image is not None)
+        assert corpus.column("tiles")[row] == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_prompt_groups_keep_ranks_in_step(world_size):
+    shares = [prompt_groups(list(range(7)), size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [r for share in shares for g in share for r, c in zip(g.rows, g.counted, strict=True) if c]
+    assert sorted(counted) == list(range(7))
+
+
+def test_faults_are_rejected_and_listed(tokenizer, tmp_path):
+    """Every fault of the fixture is decided as its expected.json says; the other rows of the file survive."""
+    data = DynamicPackingDataModule(
+        DataConfig(
+            meta=str(FAULTS / "meta.json"), max_tokens=8192, max_pack_tiles=64, num_workers=0, reject_limit=1.0
+        ),
+        tokenizer,
+    )
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    rejects = [line for batch in batches for line in batch.rejects] + list(data.train_corpus.rejects)
+    reasons = {(line.dataset, line.line): line.reason for line in rejects}
+    trained = {tuple(name.split(":")) for batch in batches for name in batch.sample_ids}
+    trained = {(name[0].split()[0], int(name[-1])) for name in trained}
+    for row in json.loads((FAULTS / "expected.json").read_text())["rows"]:
+        place = (row["dataset"], row["line"])
+        assert (place in reasons) != (place in trained), row
+        if not row["must"]:
+            continue
+        assert (place in reasons) == (row["expected"] == "reject"), row
+        if place in reasons:
+            assert reasons[place] in {row["reason"], *row.get("also", ())}, row
+
+
+def test_too_many_rejects_stop_with_the_first_ones(tokenizer):
+    config = DataConfig(meta=str(FAULTS / "meta.json"), max_tokens=8192, num_workers=0)
+    with pytest.raises(TooManyRejectsError, match=r"of 24 rows cannot be used.*reject_limit=1.0%[\s\S]*files.jsonl:"):
+        DynamicPackingDataModule(config, tokenizer).setup("fit")
+
+
+def test_a_picture_that_breaks_later_is_left_out_and_listed(meta, tokenizer, tmp_path):
+    """Broken between measuring and training: the pack goes on without it, W stays as planned, the ledger says so."""
+    data = module(meta, tokenizer)
+    planned = sum(batch.planned.weight_sum for batch in data.train_dataloader())
+    broken = meta.parent / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    batches = list(data.train_dataloader())
+    rejects = [line for batch in batches for line in batch.rejects]
+    assert [(line.line, line.reason) for line in rejects] == [(2, "image_truncated")]
+    assert len([name for batch in batches for name in batch.sample_ids]) == 23
+    assert sum(batch.planned.weight_sum for batch in batches) == planned
+
+
+def test_a_picture_of_another_size_is_named(meta, tokenizer):
+    data = module(meta, tokenizer)
+    shutil.copy(meta.parent / "1.png", meta.parent / "3.png")
+    rejects = [line for batch in data.train_dataloader() for line in batch.rejects]
+    assert [(line.line, line.reason) for line in rejects] == [(4, "index_stale")]
+
+
+def test_the_cache_is_used_and_follows_content(meta, tokenizer, tmp_path):
+    cache = tmp_path / "cache"
+    first = module(meta, tokenizer, cache_dir=str(cache))
+    stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    again = module(meta, tokenizer, cache_dir=str(cache))
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == stamps
+    assert np.array_equal(first.train_corpus.column("tokens"), again.train_corpus.column("tokens"))
+    with (meta.parent / "text.jsonl").open("a") as file:
+        turns = [{"from": "human", "value": "More?"}, {"from": "gpt", "value": "Yes."}]
+        file.write(json.dumps({"id": "new", "conversations": turns}) + "\n")
+    assert len(module(meta, tokenizer, cache_dir=str(cache)).train_corpus) == 25
+
+
+@pytest.mark.parametrize(("policy", "rows"), [("reject", 16), ("truncate", 24), ("shrink", 24)])
+def test_a_row_over_a_cap(meta, tokenizer, policy, rows):
+    """A pack of 2 tiles: 8 of 24 rows have more. They are rejected, or shrink; `truncate` cuts text, not images.
+
+    Under `truncate` those 8 are over the tile cap, which no cut of text can mend, so 16 rows stay there too.
+    """
+    data = tiny.tiny_data_config(meta, max_pack_tiles=2, over_length=policy, reject_limit=1.0)
+    built = DynamicPackingDataModule(data, tokenizer, patch_size=tiny.PATCH_SIZE)
+    built.setup("fit")
+    expected = 16 if policy == "truncate" else rows
+    over = {line.reason for line in built.train_corpus.rejects}
+    assert len(built.train_corpus) == expected
+    assert over == (set() if policy == "shrink" else {"over_length"})
+
+
+def test_truncation_cuts_text_at_the_cap(meta, tokenizer):
+    """All text rows are cut to 40 tokens; an image row is kept only if its slots end before the cut."""
+    data = tiny.tiny_data_config(meta, max_sample_tokens=70, over_length="truncate", reject_limit=1.0)
+    built = DynamicPackingDataModule(data, tokenizer, patch_size=tiny.PATCH_SIZE)
+    with pytest.raises(ValueError, match="no label to train on|no row to train on"):
+        built.setup("fit")
+        built.train_dataloader()
+
+
+def test_the_trainer_gets_its_accumulation(meta, tokenizer):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    data = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, patch_size=tiny.PATCH_SIZE)
+    data.trainer = trainer
+    data.setup("fit")
+    assert trainer.accumulate_grad_batches == 4
+    wrong = L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=3, max_epochs=1)
+    other = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, patch_size=tiny.PATCH_SIZE)
+    other.trainer = wrong
+    with pytest.raises(ValueError, match="accumulate_grad_batches=3.*packs_per_step=4 on 1 ranks, which makes 4"):
+        other.setup("fit")
+
+
+def test_a_position_continues_and_a_changed_plan_is_refused(meta, tokenizer):
+    data = module(meta, tokenizer, packs_per_step=2)
+    whole = [batch.sample_ids for batch in data.train_dataloader()]
+    state = {**data.state_dict(), "epoch": 0, "step": 1}
+    again = module(meta, tokenizer, packs_per_step=2)
+    again.load_state_dict(state)
+    assert [batch.sample_ids for batch in again.train_dataloader()] == whole[2:]
+    with pytest.raises(ValueError, match="packs_per_step=2, this run has 4"):
+        module(meta, tokenizer).load_state_dict(state)
