@@ -1,0 +1,155 @@
+"""A run folder as a report sees it: what each stage says it did, logged, answered and left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ivl_lightning.reporting.metrics_csv import Metrics, complete_lines, read_metrics
+
+STAGE_ORDER = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning", "mixed_preference")
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """Outcome of a stage; of one that is not finished, as far as its log goes.
+
+    Attributes:
+        stage: its name.
+        trained: parts that trained.
+        steps: optimizer steps.
+        loss_first: training loss of the first logged step, NaN where none was logged.
+        loss_last: the same of the last one.
+        scores: last validation metrics, by their logged names.
+        seconds: wall time, NaN where it is not known.
+        rejected: rows left out, by reason.
+    """
+
+    stage: str
+    trained: list[str]
+    steps: int
+    loss_first: float
+    loss_last: float
+    scores: dict[str, float]
+    seconds: float
+    rejected: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """Everything a stage left in its folder.
+
+    Attributes:
+        summary: its outcome.
+        finished: whether it came to its end.
+        metrics: what it logged.
+        samples: answers of all its validations, oldest first.
+        ledger: rows it left out.
+        config_text: its resolved settings as written; empty where there are none.
+    """
+
+    summary: StageSummary
+    finished: bool
+    metrics: Metrics
+    samples: list[dict[str, Any]]
+    ledger: list[dict[str, Any]]
+    config_text: str
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.summary.stage
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its settings; empty where there are none."""
+        return yaml.safe_load(self.config_text) or {}
+
+    def last_samples(self) -> list[dict[str, Any]]:
+        """Answers of the last validation, each row once.
+
+        A stage that ends on a validation step validates there twice.
+        """
+        step = self.samples[-1]["step"] if self.samples else None
+        last = {(card["file"], card["line"]): card for card in self.samples if card["step"] == step}
+        return list(last.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: where it lies.
+        stages: started and finished stages, in the order of the chain.
+        command: the command line that made it; None if it was not kept.
+    """
+
+    folder: Path
+    stages: list[StageFolder]
+    command: str | None
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run folder holds; whatever is missing stays empty."""
+    marks = ("config.yaml", "done.json")
+    stages = [path for path in folder.iterdir() if any((path / mark).is_file() for mark in marks)]
+    command = folder / "command.txt"
+    return Run(
+        folder=folder,
+        stages=[_read_stage(path) for path in sorted(stages, key=_place)],
+        command=command.read_text(encoding="utf-8").strip() if command.is_file() else None,
+    )
+
+
+def _place(folder: Path) -> tuple[int, str]:
+    # Not by file times: they do not survive a copy of the run.
+    known = folder.name in STAGE_ORDER
+    return STAGE_ORDER.index(folder.name) if known else len(STAGE_ORDER), folder.name
+
+
+def _read_stage(folder: Path) -> StageFolder:
+    metrics = read_metrics(folder / "csv")
+    config = folder / "config.yaml"
+    config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    done = folder / "done.json"
+    finished = done.is_file()
+    return StageFolder(
+        summary=_finished(json.loads(done.read_text(encoding="utf-8")))
+        if finished
+        else _unfinished(folder.name, metrics, yaml.safe_load(config_text) or {}),
+        finished=finished,
+        metrics=metrics,
+        samples=_read_json_lines(folder / "samples.jsonl"),
+        ledger=_read_json_lines(folder / "ledger.jsonl"),
+        config_text=config_text,
+    )
+
+
+def _finished(done: Mapping[str, Any]) -> StageSummary:
+    return StageSummary(**{name: done[name] for name in StageSummary.__slots__})
+
+
+def _unfinished(name: str, metrics: Metrics, config: Mapping[str, Any]) -> StageSummary:
+    losses = metrics.series("train/loss")
+    return StageSummary(
+        stage=name,
+        trained=config.get("stage", {}).get("trainable") or [],
+        # Training rows are numbered from 0.
+        steps=losses[-1][0] + 1 if losses else 0,
+        loss_first=losses[0][1] if losses else math.nan,
+        loss_last=losses[-1][1] if losses else math.nan,
+        scores=metrics.last("val/"),
+        seconds=math.nan,
+        rejected={},
+    )
+
+
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in complete_lines(file)]

@@ -1,0 +1,99 @@
+"""The table of stages, for the terminal and for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+NONE = "none"
+MEAN_SCORE = "val/exact_match"
+FOLDED = "what trained"
+COLUMNS = ("stage", FOLDED, "steps", "loss first -> last", "exact match", "wall time")
+
+
+class StageResult(Protocol):
+    """What the table needs to know of a stage."""
+
+    @property
+    def stage(self) -> str:
+        """Its name."""
+
+    @property
+    def trained(self) -> Sequence[str]:
+        """Parts that trained."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+
+    @property
+    def loss_first(self) -> float:
+        """Training loss of the first logged step."""
+
+    @property
+    def loss_last(self) -> float:
+        """Training loss of the last logged step."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Last validation metrics, by their logged names."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+
+
+def print_stage_table(results: Iterable[StageResult], console: Console | None = None) -> None:
+    """Print what each stage trained and reached.
+
+    Args:
+        results: one per stage, in order.
+        console: where to; the terminal by default.
+    """
+    table = Table(title="stages", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for position, name in enumerate(COLUMNS):
+        # Two-line headers and folded lists of parts fit 80 characters; names and numbers stay whole.
+        header = name.replace(" ", "\n", 1)
+        table.add_column(header, justify="left" if position < 2 else "right", no_wrap=name != FOLDED)
+    for result in results:
+        table.add_row(*stage_cells(result))
+    (console or Console()).print(table)
+
+
+def stage_cells(result: StageResult) -> tuple[str, ...]:
+    """The texts of a stage's row, one per column."""
+    return (
+        result.stage,
+        ", ".join(result.trained) or NONE,
+        f"{result.steps:,}",
+        f"{number(result.loss_first, 3)} -> {number(result.loss_last, 3)}",
+        percent(result.scores.get(MEAN_SCORE)),
+        duration(result.seconds),
+    )
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with so many significant digits."""
+    return NONE if value is None or math.isnan(value) else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage."""
+    return NONE if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds; the largest two that matter."""
+    if math.isnan(seconds):
+        return NONE
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
