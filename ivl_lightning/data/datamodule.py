@@ -85,8 +85,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
         """
         if self.train_corpus is not None:
             return
-        self.train_corpus, self.val_corpus = self._read_corpora(progress=self.config.cache_dir is None)
-        self._open_ledger()
+        train, validation = self._read_corpora(progress=self.config.cache_dir is None)
+        self._open_ledger([corpus for corpus in (train, validation) if corpus is not None])
+        if self.config.val_rows:
+            train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
+            validation = held_back.measured_again(self._encoder(training=False))
+        self.train_corpus, self.val_corpus = train, validation
         if self.trainer is not None and stage == "fit":
             self._set_up_trainer(self.trainer)
         self._plan = self._make_plan()
@@ -94,16 +98,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def _read_corpora(self, *, progress: bool) -> tuple[Corpus, Corpus | None]:
         cache = None if self.config.cache_dir is None else Path(self.config.cache_dir).expanduser()
         train = read_corpus(self.config.meta, self._encoder(training=True), cache_dir=cache, progress=progress)
-        validation = self._encoder(training=False)
-        if self.config.val_meta is not None:
-            return train, read_corpus(self.config.val_meta, validation, cache_dir=cache, progress=progress)
-        if self.config.val_rows == 0:
+        if self.config.val_meta is None:
             return train, None
-        train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
-        return train, held_back.measured_again(validation)
+        validation = read_corpus(self.config.val_meta, self._encoder(training=False), cache_dir=cache, progress=progress)
+        return train, validation
 
-    def _open_ledger(self) -> None:
-        corpora = [corpus for corpus in (self.train_corpus, self.val_corpus) if corpus is not None]
+    def _open_ledger(self, corpora: Sequence[Corpus]) -> None:
         rejects = [line for corpus in corpora for line in dict.fromkeys(corpus.rejects)]
         writes = self.trainer is not None
         self.ledger = Ledger(Path(self.trainer.default_root_dir) / LEDGER_NAME if writes else None)
@@ -249,9 +249,13 @@ class DynamicPackingDataModule(L.LightningDataModule):
     # -- derived --------------------------------------------------------------------------------------------------
 
     @property
-    def dataset_names(self) -> tuple[str, ...]:
-        """Datasets of the validation rows, in the order of their numbers; empty without validation."""
-        return () if self.val_corpus is None else tuple(spec.name for spec in self.val_corpus.specs)
+    def answered_datasets(self) -> tuple[str, ...]:
+        """Datasets with validation rows that are answered by generation, on any rank; empty without validation."""
+        corpus = self.val_corpus
+        if corpus is None or len(corpus) == 0:
+            return ()
+        numbers = {corpus.locate(row)[0] for row in generation_rows(corpus, self.config.generation_rows)}
+        return tuple(corpus.specs[number].name for number in sorted(numbers))
 
     def media_path(self, dataset: str, path: str) -> str:
         """Where a validation row's picture lies, for cards and reports."""

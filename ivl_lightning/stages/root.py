@@ -6,6 +6,7 @@ It is the root of FSDP. Everything that touches a parameter happens inside its f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class InternVLWithLoss(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states `[1, L, D]` of the packed row."""
-        embeds = self._embed(batch)
+        embeds = self._embed(batch.input_ids, batch.pixel_values, batch.sample_ids)
         return self.internvl.model.language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,
@@ -58,12 +59,13 @@ class InternVLWithLoss(nn.Module):
             **boundaries(batch.cu_seqlens, embeds.device),
         ).last_hidden_state
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
-        embeds = self.internvl.get_input_embeddings()(batch.input_ids)
-        slots = batch.input_ids == self.internvl.config.image_token_id
-        if len(batch.pixel_values):
-            features = self._features(batch.pixel_values)
-            _check_slots(int(slots.sum()), features, batch)
+    def _embed(self, input_ids: Tensor, tiles: Tensor, names: Sequence[str]) -> Tensor:
+        """Embeddings `[B, L, D]` of the tokens, the tiles' features in place of the context tokens."""
+        embeds = self.internvl.get_input_embeddings()(input_ids)
+        slots = input_ids == self.internvl.config.image_token_id
+        if len(tiles):
+            features = self._features(tiles)
+            _check_slots(int(slots.sum()), features, names)
             return embeds.masked_scatter(slots.unsqueeze(-1), features.to(embeds.dtype))
         if self.always_run_vision:
             side = self.internvl.config.vision_config.image_size[0]
@@ -81,30 +83,24 @@ class InternVLWithLoss(nn.Module):
 
         Generation uses the cache and plain attention, unpacked.
         """
-        has_tiles = len(prompts.pixel_values) > 0
-        pixels = normalize_tiles(prompts.pixel_values, dtype=self.internvl.dtype) if has_tiles else None
+        names = [f"{record.file}:{record.line}" for record in prompts.records]
+        embeds = self._embed(prompts.input_ids, prompts.pixel_values, names)
         language = self.internvl.model.language_model
         training_attention = language.config._attn_implementation
         language.set_attn_implementation(GENERATION_ATTENTION)
         try:
-            output = self.internvl.generate(
-                input_ids=prompts.input_ids,
-                attention_mask=prompts.attention_mask,
-                pixel_values=pixels,
-                do_sample=False,
-                use_cache=True,
-                **options,
+            return self.internvl.generate(
+                inputs_embeds=embeds, attention_mask=prompts.attention_mask, do_sample=False, use_cache=True, **options
             )
         finally:
             language.set_attn_implementation(training_attention)
-        return output[:, prompts.input_ids.shape[1] :]
 
 
-def _check_slots(slots: int, features: Tensor, batch: PackedBatch) -> None:
+def _check_slots(slots: int, features: Tensor, names: Sequence[str]) -> None:
     available = features.shape[0] * features.shape[1]
     if slots != available:
         raise ValueError(
             f"{slots} image slots in the text but {available} features from {features.shape[0]} tiles, in one of: "
-            f"{', '.join(batch.sample_ids)}. The tile settings of data and model differ, or a record holds a literal "
+            f"{', '.join(names)}. The tile settings of data and model differ, or a record holds a literal "
             "image token"
         )

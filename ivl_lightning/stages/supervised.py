@@ -105,9 +105,7 @@ class SupervisedStage(L.LightningModule):
         if self.activation_checkpointing:
             enable_activation_checkpointing(model)
         mesh = self.device_mesh
-        alone = self._trainer is None or self.trainer.world_size == 1
-        always_run_vision = not alone and (mesh is not None or "vision" in self.trainable or "projector" in self.trainable)
-        self.root = InternVLWithLoss(model, self.loss_head, always_run_vision=always_run_vision)
+        self.root = InternVLWithLoss(model, self.loss_head, always_run_vision=self._always_run_vision())
         if mesh is not None:
             shard_model(
                 self.root,
@@ -118,9 +116,17 @@ class SupervisedStage(L.LightningModule):
             )
             register_fsdp_forward_method(self.root, "generate")
 
+    def _always_run_vision(self) -> bool:
+        """Whether a micro-batch without a tile runs the tower all the same.
+
+        Sharded ranks must gather the same weights. And what trains must get a gradient of zero rather than none,
+        on one process as on many: the optimizer skips a parameter without a gradient, so layouts would differ.
+        """
+        return self.device_mesh is not None or "vision" in self.trainable or "projector" in self.trainable
+
     def setup(self, stage: str) -> None:
-        """One score per validation dataset."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", ())
+        """One score per dataset whose validation rows are answered, on every rank."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "answered_datasets", ())
         for name in names:
             if name not in self.val_scores:
                 self.val_scores[name] = ExactMatch()
@@ -234,7 +240,7 @@ class SupervisedStage(L.LightningModule):
         # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
         self.log("val/loss", self.val_loss.compute(), sync_dist=True)
         self.val_loss.reset()
-        scores = {name: metric.compute() for name, metric in self.val_scores.items() if int(metric.total)}
+        scores = {name: metric.compute() for name, metric in self.val_scores.items()}
         for name, score in scores.items():
             self.log(f"val/exact_match/{name}", score, sync_dist=True)
         if scores:
