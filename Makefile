@@ -40,11 +40,9 @@ test: $(STAMP) ## set up, then run the test suite
 	$(PYTEST) -n $(JOBS) $(ARGS)
 
 lint: $(STAMP) ## set up, then style, types, layers and spelling
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/codespell .
+	@failed=; for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo" "codespell ."; do \
+		echo "== $$check"; $(BIN)/$$check || failed="$$failed [$$check]"; done; \
+		test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 format: $(STAMP) ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
