@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.structures import PackedBatch
 
 
@@ -44,8 +44,7 @@ class PackingStats(Callback):
     def _log(
         self, trainer: L.Trainer, module: L.LightningModule, tokens: float, tiles: float, samples: float, packs: float
     ) -> None:
-        datamodule = trainer.datamodule
-        assert isinstance(datamodule, DynamicPackingDataModule)
+        datamodule = datamodule_of(trainer)
         config, seconds = datamodule.config, time.monotonic() - self._since
         module.log_dict(
             {

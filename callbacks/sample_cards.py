@@ -10,14 +10,14 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from ivl_lightning.data.annotations import media_of
-from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.structures import Answer
 
 FILE_NAME = "samples.jsonl"
 
 
 class SampleCards(Callback):
-    """Writes the first `limit` answers of each validation to `samples.jsonl`, with step, pictures, question, both answers.
+    """Writes the first `limit` answers of each validation to `samples.jsonl`, with pictures and question.
 
     Args:
         folder: where the file goes.
@@ -37,13 +37,14 @@ class SampleCards(Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: list[Answer] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Keep answers until there are enough."""
-        for answer in (outputs or [])[: self.limit - len(self._cards)]:
+        answers = (outputs or {}).get("answers", [])
+        for answer in answers[: self.limit - len(self._cards)]:
             self._cards.append(_card(answer, trainer))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,8 +58,7 @@ class SampleCards(Callback):
 
 
 def _card(answer: Answer, trainer: L.Trainer) -> dict[str, Any]:
-    datamodule = trainer.datamodule
-    assert isinstance(datamodule, DynamicPackingDataModule)
+    datamodule = datamodule_of(trainer)
     record = answer.record
     return {
         "step": trainer.global_step,

@@ -35,5 +35,8 @@ SPECIAL_TOKENS = (
 RESERVED_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
 """Tokens that the trainer writes itself; in a user's text they would forge an image slot."""
 
+STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
+"""Stages in the order of a chain."""
+
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"

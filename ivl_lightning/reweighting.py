@@ -4,15 +4,11 @@ Source: InternVL 2.5 paper, section on loss reweighting, and `len2weight` of the
 x^0 (token), x^-1 (sample) or x^-0.5 (square); a sample without labels weighs nothing.
 """
 
-from typing import Literal, get_args
-
-Reduction = Literal["token", "sample", "square"]
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
-
-_EXPONENT: dict[Reduction, float] = {"token": 0.0, "sample": 1.0, "square": 0.5}
+_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
+REDUCTIONS = tuple(_EXPONENT)
 
 
-def label_weight(num_labels: int, reduction: Reduction) -> float:
+def label_weight(num_labels: int, reduction: str) -> float:
     """Weight of each of a sample's `num_labels` labels.
 
     Raises:
@@ -23,6 +19,6 @@ def label_weight(num_labels: int, reduction: Reduction) -> float:
     return float(num_labels) ** -_EXPONENT[reduction] if num_labels else 0.0
 
 
-def sample_weight(num_labels: int, reduction: Reduction) -> float:
+def sample_weight(num_labels: int, reduction: str) -> float:
     """Sum of the weights of a sample's labels: x, 1 or sqrt(x)."""
     return num_labels * label_weight(num_labels, reduction)

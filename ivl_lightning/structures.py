@@ -105,7 +105,7 @@ class Pack:
     """Samples that share one row of tokens.
 
     Attributes:
-        samples: row numbers, in document order.
+        samples: sample numbers, in document order (see `data.mixture.epoch_order`).
         tokens, tiles: their sums.
     """
 

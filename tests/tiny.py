@@ -77,7 +77,9 @@ def random_document(rng: np.random.Generator, length: int, *, tiles: int = 0, tr
     return Encoded(ids, labels, None if pixels is None else torch.from_numpy(pixels))
 
 
-def pack(documents: Sequence[Encoded], *, reduction: str = "square", weight_sum: float = 1.0, **plan: int) -> PackedBatch:
+def pack(
+    documents: Sequence[Encoded], *, reduction: str = "square", weight_sum: float = 1.0, **plan: int
+) -> PackedBatch:
     planned = PlannedPack(
         Pack(tuple(range(len(documents))), sum(len(d.input_ids) for d in documents), 0),
         epoch=0,

@@ -17,7 +17,9 @@ WEIGHTS_FOLDER = "weights"
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All parameters on the CPU of rank 0 (empty elsewhere); every rank must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state_dict = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def save_weights(

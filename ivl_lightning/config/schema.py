@@ -9,16 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ivl_lightning.reweighting import Reduction
-
 Part = Literal["vision", "projector", "llm"]
 OverLength = Literal["reject", "truncate", "shrink"]
 ImageLabels = Literal["keep", "auto"]
 RepeatRule = Literal["random", "prefix"]
 Gray16 = Literal["clip", "scale"]
+Reduction = Literal["token", "sample", "square"]
 Normaliser = Literal["step", "micro_batch", "micro_batch_local"]
 Decay = Literal["matrices", "all"]
 Schedule = Literal["cosine", "constant"]
+
+
+def _unset_by_part() -> dict[Part, float | None]:
+    return {"vision": None, "projector": None, "llm": None}
 
 
 class Strict:
@@ -33,19 +36,21 @@ class ModelConfig(Strict):
 
     Attributes:
         name: shown in tables; also the name of the recipe that goes with it.
-        path: folder that transformers wrote; null builds from the shapes below with random weights.
+        path: folder that transformers wrote; null builds from the shapes below.
+        random_weights: allow a first stage that starts from neither `path` nor `init_from`.
         tokenizer: folder of tokenizer files; null takes those beside the weights.
         template: chat template (`ivl_lightning.data.templates`).
         vision: fields of transformers' `InternVLVisionConfig`.
         language_model: `model_type` of any AutoModel language model, and fields of its configuration class.
         downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
         dtype: of the stored weights; the optimizer keeps the same.
-        attention: `ivl_packed`, or a transformers implementation that honours `cu_seq_lens_*` (flash_attention_2).
+        attention: `ivl_packed`, or a transformers implementation that honors `cu_seq_lens_*` (flash_attention_2).
         activation_checkpointing: recompute each block in backward.
     """
 
     name: str = "custom"
     path: str | None = None
+    random_weights: bool = False
     tokenizer: str | None = None
     template: str = "internvl2_5"
     vision: dict[str, Any] = field(default_factory=dict)
@@ -181,9 +186,9 @@ class OptimConfig(Strict):
 
     Attributes:
         lr: peak learning rate.
-        lr_by_part: peak learning rate of single parts, overriding `lr`.
+        lr_by_part: peak learning rate of single parts; null takes `lr`.
         weight_decay: decoupled weight decay.
-        weight_decay_by_part: weight decay of single parts.
+        weight_decay_by_part: weight decay of single parts; null takes `weight_decay`.
         decay: `matrices` leaves out norms, biases, layer scales and embeddings; `all` is official.
         vision_layer_decay: each vision layer below the last learns by this factor slower; 1 is off.
         betas: AdamW's.
@@ -195,9 +200,9 @@ class OptimConfig(Strict):
     """
 
     lr: float = 4e-5
-    lr_by_part: dict[Part, float] = field(default_factory=dict)
+    lr_by_part: dict[Part, float | None] = field(default_factory=_unset_by_part)
     weight_decay: float = 0.01
-    weight_decay_by_part: dict[Part, float] = field(default_factory=dict)
+    weight_decay_by_part: dict[Part, float | None] = field(default_factory=_unset_by_part)
     decay: Decay = "matrices"
     vision_layer_decay: float = 1.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -310,9 +315,9 @@ class RunConfig(Strict):
     optim: OptimConfig
     trainer: TrainerConfig
     strategy: StrategyConfig
-    stages: list[str] | None = None
+    stages: list[str | int | float] | None = None
     init_from: str | None = None
-    stage_data: dict[str, str | dict[str, Any]] = field(default_factory=dict)
+    stage_data: dict[str, str | dict[str, Any] | None] = field(default_factory=dict)
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

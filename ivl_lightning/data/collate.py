@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ivl_lightning.constants import IGNORE_INDEX
-from ivl_lightning.reweighting import Reduction, label_weight
+from ivl_lightning.reweighting import label_weight
 from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject
 
 
@@ -16,7 +16,7 @@ def pack_samples(
     samples: Sequence[Encoded],
     *,
     planned: PlannedPack,
-    reduction: Reduction,
+    reduction: str,
     dataset_ids: Sequence[int],
     sample_ids: Sequence[str],
     filler_id: int,
@@ -44,12 +44,12 @@ def pack_samples(
     rows: list[int] = []
     weights: list[float] = []
     datasets: list[int] = []
-    for (_, labels), start, dataset in zip(documents, starts, [*dataset_ids] or [0], strict=False):
-        trained = [start + position - 1 for position in range(1, len(labels)) if labels[position] != IGNORE_INDEX]
+    for (_, own), start, dataset in zip(documents, starts, [*dataset_ids] or [0], strict=False):
+        trained = [start + position - 1 for position in range(1, len(own)) if own[position] != IGNORE_INDEX]
         rows += trained
         weights += [label_weight(len(trained), reduction)] * len(trained)
         datasets += [dataset] * len(trained)
-    labels = torch.tensor([label for _, labels in documents for label in labels])
+    labels = torch.tensor([label for _, own in documents for label in own])
     loss_rows = torch.tensor(rows, dtype=torch.int64)
     return PackedBatch(
         input_ids=torch.tensor([[token for ids, _ in documents for token in ids]]),

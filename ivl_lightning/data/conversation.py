@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ivl_lightning.config.schema import ImageLabels
 from ivl_lightning.constants import (
     IGNORE_INDEX,
     IMAGE_CONTEXT_TOKEN,
@@ -13,11 +14,9 @@ from ivl_lightning.constants import (
     IMAGE_START_TOKEN,
 )
 from ivl_lightning.data.templates import Template, get_template
-from ivl_lightning.data.turns import ImageLabels, last_question, parse_turns, place_images, split_last_answer
+from ivl_lightning.data.turns import parse_turns, place_images
 from ivl_lightning.models.tokenizer import image_token_id, prompt_start_ids
 from ivl_lightning.structures import RowError, Turn
-
-__all__ = ["ImageLabels", "encode_prompt", "encode_row", "last_question", "parse_turns", "split_last_answer"]
 
 _IMAGE_SLOT = IMAGE_START_TOKEN + IMAGE_CONTEXT_TOKEN + IMAGE_END_TOKEN
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +48,7 @@ class Corpus:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    def column(self, name: str) -> NDArray[np.int64]:
+    def column(self, name: str) -> NDArray[Any]:
         """A column of all rows, `[n]`."""
         return np.concatenate([index.columns[name] for index in self.indexes])
 
@@ -67,7 +69,7 @@ class Corpus:
     def split(self, held_back: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
         """Two corpora: the rows where `held_back` is false, and those where it is true."""
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        parts = [held_back[start:stop] for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+        parts = [held_back[start:stop] for start, stop in pairwise(starts)]
         return self._select([~part for part in parts]), self._select(parts)
 
     def _select(self, masks: Sequence[NDArray[np.bool_]]) -> Corpus:

@@ -24,7 +24,6 @@ from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import EpochPlan, PlanSettings, TrainingPlan, accumulation, fixed_plan
 from ivl_lightning.data.sampler import FixedSampler
 from ivl_lightning.data.templates import get_template
-from ivl_lightning.reweighting import Reduction
 from ivl_lightning.structures import PackedBatch, PromptBatch
 
 LEDGER_NAME = "ledger.jsonl"
@@ -61,7 +60,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.template = template
         self.seed = seed
         self.tile_tokens = tokens_per_tile(config.tile_size, patch_size, downsample_ratio)
-        self.reduction: Reduction = "square"
+        self.reduction = "square"
         self.ledger = Ledger(None)
         self.train_corpus: Corpus | None = None
         self.val_corpus: Corpus | None = None
@@ -100,13 +99,15 @@ class DynamicPackingDataModule(L.LightningDataModule):
         train = read_corpus(self.config.meta, self._encoder(training=True), cache_dir=cache, progress=progress)
         if self.config.val_meta is None:
             return train, None
-        validation = read_corpus(self.config.val_meta, self._encoder(training=False), cache_dir=cache, progress=progress)
+        validation = read_corpus(
+            self.config.val_meta, self._encoder(training=False), cache_dir=cache, progress=progress
+        )
         return train, validation
 
     def _open_ledger(self, corpora: Sequence[Corpus]) -> None:
         rejects = [line for corpus in corpora for line in dict.fromkeys(corpus.rejects)]
-        writes = self.trainer is not None
-        self.ledger = Ledger(Path(self.trainer.default_root_dir) / LEDGER_NAME if writes else None)
+        folder = None if self.trainer is None else Path(self.trainer.default_root_dir)
+        self.ledger = Ledger(None if folder is None else folder / LEDGER_NAME)
         self.ledger.add(rejects if self._rank == 0 else [])
         self.ledger.check(sum(map(len, corpora)) + self.ledger.counted, self.config.reject_limit, rejects)
 
@@ -120,7 +121,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             )
         trainer.accumulate_grad_batches = steps
         # Each epoch has a plan of its own, so each has a loader of its own.
-        trainer.reload_dataloaders_every_n_epochs = 1
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # set by Lightning's connector
         self.reduction = getattr(trainer.lightning_module, "reduction", self.reduction)
 
     def _make_plan(self) -> TrainingPlan:
@@ -177,12 +178,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         loaders = [self._loader(self._pack_dataset(corpus, augmentation_seed=None), packs)]
         rows = generation_rows(corpus, config.generation_rows)
         if rows:
-            groups = prompt_groups(
-                rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size
-            )
-            prompts = PromptDataset(
-                corpus, pad_id=self._filler_id, tile_size=config.tile_size, retries=config.retries
-            )
+            groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
+            prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size, retries=config.retries)
             loaders.append(self._loader(prompts, groups))
         return loaders
 
@@ -192,7 +189,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             corpus,
             reduction=self.reduction,
             tile_size=self.config.tile_size,
-            filler_id=self._filler_id,
+            filler_id=self.filler_id,
             augmentation_seed=augmentation_seed,
             retries=self.config.retries,
         )
@@ -220,7 +217,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
             # Document boundaries stay on the CPU: their longest is read there without waiting for the device.
             if isinstance(value := getattr(batch, field.name), Tensor) and field.name != "cu_seqlens"
         }
-        return dataclasses.replace(batch, **moved)
+        changes: dict[str, Any] = moved
+        return dataclasses.replace(batch, **changes)
 
     def _consume(self, batch: PackedBatch) -> None:
         planned = batch.planned
@@ -284,7 +282,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return self.trainer.max_epochs
 
     @property
-    def _filler_id(self) -> int:
+    def filler_id(self) -> int:
+        """Token that fills what nobody reads: shorter prompts, and an empty micro-batch."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
@@ -317,6 +316,20 @@ class DynamicPackingDataModule(L.LightningDataModule):
             return RowEncoder(spec, reader, self.tokenizer, settings)
 
         return factory
+
+
+def datamodule_of(trainer: L.Trainer) -> DynamicPackingDataModule:
+    """The trainer's data module.
+
+    Raises:
+        ValueError: the trainer runs on something else.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, DynamicPackingDataModule):
+        raise ValueError(
+            f"this stage and its callbacks need a DynamicPackingDataModule, got {type(datamodule).__name__}"
+        )
+    return datamodule
 
 
 def generation_rows(corpus: Corpus, limit: int | None) -> list[int]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from torch.utils.data import Dataset
 
 from ivl_lightning.data.augmentation import sample_rng
 from ivl_lightning.data.collate import pack_samples, pad_prompts
-from ivl_lightning.data.turns import split_last_answer
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import reject
 from ivl_lightning.data.media import MediaError
-from ivl_lightning.reweighting import Reduction
+from ivl_lightning.data.turns import split_last_answer
 from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject, RowError
 
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ class PackDataset(Dataset[PackedBatch]):
         self,
         corpus: Corpus,
         *,
-        reduction: Reduction,
+        reduction: str,
         tile_size: int,
         filler_id: int,
         augmentation_seed: int | None,
@@ -80,7 +80,7 @@ class PackDataset(Dataset[PackedBatch]):
         seed = self.augmentation_seed
         rng = None if seed is None else sample_rng(seed, epoch, sample)
         encoder = self.corpus.encoders[dataset]
-        encoded = _with_retries(lambda: encoder.encode(record, rng), self.retries)
+        encoded = _with_retries(partial(encoder.encode, record, rng), self.retries)
         measured = int(self._tokens[sample % len(self.corpus)])
         if len(encoded.input_ids) != measured:
             raise RowError(
@@ -118,9 +118,8 @@ class PromptDataset(Dataset[PromptBatch]):
     def __getitem__(self, group: PromptGroup) -> PromptBatch:
         """Raises RowError where a picture that was measured cannot be decoded: a score must not change unseen."""
         located = [self.corpus.locate(row) for row in group.rows]
-        encoders = self.corpus.encoders
         prompts = [
-            _with_retries(lambda d=dataset, r=record: encoders[d].encode_prompt(r), self.retries)
+            _with_retries(partial(self.corpus.encoders[dataset].encode_prompt, record), self.retries)
             for dataset, record in located
         ]
         return pad_prompts(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -70,6 +71,15 @@ class _Layout:
     max_tiles: int
 
 
+class Tiling(TypedDict):
+    """Arguments of `count_tiles` and `cut_tiles`."""
+
+    min_tiles: int
+    max_tiles: int
+    tile_size: int
+    use_thumbnail: bool
+
+
 class RowEncoder:
     """Measures and encodes the records of one dataset.
 
@@ -122,7 +132,13 @@ class RowEncoder:
         images = self._images(record)
         max_tiles = self._max_tiles(len(images))
         counts = self._count_tiles(images, max_tiles)
-        ids = encode_prompt(record.row, self.tokenizer, **self._text_options(counts))
+        ids = encode_prompt(
+            record.row,
+            self.tokenizer,
+            template=self.settings.template,
+            num_image_tokens=self._num_image_tokens(counts),
+            image_labels=self.settings.image_labels,
+        )
         return ids, self._tiles(record, max_tiles)
 
     def _layout(self, record: Record) -> _Layout:
@@ -141,20 +157,20 @@ class RowEncoder:
 
     def _lay_out(self, record: Record, images: tuple[str, ...], max_tiles: int) -> _Layout:
         counts = self._count_tiles(images, max_tiles)
-        ids, labels = encode_row(record.row, self.tokenizer, **self._text_options(counts))
+        ids, labels = encode_row(
+            record.row,
+            self.tokenizer,
+            template=self.settings.template,
+            num_image_tokens=self._num_image_tokens(counts),
+            image_labels=self.settings.image_labels,
+        )
         return _Layout(ids, labels, counts, max_tiles)
 
-    def _text_options(self, counts: tuple[int, ...]) -> dict[str, object]:
-        return {
-            "template": self.settings.template,
-            "num_image_tokens": tuple(count * self.settings.tokens_per_tile for count in counts),
-            "image_labels": self.settings.image_labels,
-        }
+    def _num_image_tokens(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(count * self.settings.tokens_per_tile for count in counts)
 
     def _fits(self, layout: _Layout) -> bool:
-        return (
-            len(layout.input_ids) <= self.settings.max_tokens and sum(layout.tiles) <= self.settings.max_pack_tiles
-        )
+        return len(layout.input_ids) <= self.settings.max_tokens and sum(layout.tiles) <= self.settings.max_pack_tiles
 
     def _truncate(self, layout: _Layout) -> _Layout:
         """The official cut at the token cap; a cut that would lose part of an image rejects instead."""
@@ -184,16 +200,17 @@ class RowEncoder:
         return tile_budget(limit, num_images) if num_images else limit
 
     def _count_tiles(self, images: tuple[str, ...], max_tiles: int) -> tuple[int, ...]:
-        return tuple(count_tiles(*self.reader.image_size(path), **self._tiling(max_tiles)) for path in images)
+        tiling = self._tiling(max_tiles)
+        return tuple(count_tiles(*self.reader.image_size(path), **tiling) for path in images)
 
     def _tiles(self, record: Record, max_tiles: int) -> Tensor | None:
         images = self._images(record)
         if not images:
             return None
-        options = self._tiling(max_tiles)
-        return torch.cat([cut_tiles(self.reader.load_image(path), **options) for path in images])
+        tiling = self._tiling(max_tiles)
+        return torch.cat([cut_tiles(self.reader.load_image(path), **tiling) for path in images])
 
-    def _tiling(self, max_tiles: int) -> dict[str, int | bool]:
+    def _tiling(self, max_tiles: int) -> Tiling:
         return {
             "min_tiles": min(self.settings.min_tiles, max_tiles),
             "max_tiles": max_tiles,

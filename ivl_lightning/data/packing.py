@@ -146,7 +146,7 @@ class PackPlanner:
             self._ready.extend(group)
 
     def pack_cost(self, samples: Sequence[int], tokens: Sequence[int], tiles: Sequence[int]) -> float:
-        """Modelled cost of a pack: tokens, squared document lengths and tiles, each by its weight."""
+        """Modeled cost of a pack: tokens, squared document lengths and tiles, each by its weight."""
         per_token, per_square, per_tile = self.cost
         lengths = [int(tokens[sample]) for sample in samples]
         squares = sum(length * length for length in lengths)

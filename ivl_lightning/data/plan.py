@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ivl_lightning.config.schema import RepeatRule
 from ivl_lightning.data.mixture import epoch_order, epoch_size
 from ivl_lightning.data.packing import PackPlanner
-from ivl_lightning.reweighting import Reduction, sample_weight
+from ivl_lightning.reweighting import sample_weight
 from ivl_lightning.structures import Pack, PlannedPack
 
 EMPTY_PACK = Pack((), 0, 0)
@@ -57,7 +57,7 @@ class PlanSettings:
     max_tiles: int
     pool_size: int
     seed: int
-    reduction: Reduction
+    reduction: str
     repeat_rule: RepeatRule = "random"
     epochs: int | None = None
 
@@ -100,9 +100,7 @@ class TrainingPlan:
             ValueError: a step without a single label, whose normaliser would be 0.
         """
         settings = self.settings
-        order = epoch_order(
-            self.sizes, self.repeats, seed=settings.seed, epoch=epoch, rule=settings.repeat_rule
-        )
+        order = epoch_order(self.sizes, self.repeats, seed=settings.seed, epoch=epoch, rule=settings.repeat_rule)
         rows = order % len(self.tokens)
         planner = PackPlanner(
             settings.max_tokens,
@@ -181,7 +179,7 @@ def fixed_plan(
     *,
     max_tokens: int,
     max_tiles: int,
-    reduction: Reduction,
+    reduction: str,
     rank: int,
     world_size: int,
 ) -> list[PlannedPack]:

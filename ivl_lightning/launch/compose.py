@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.config.validate import validate
+from ivl_lightning.constants import STAGES
 from ivl_lightning.launch.overrides import flatten
 
-STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
 ALIASES = {"1": "mlp_warmup", "1.5": "vit_incremental", "2": "instruction_tuning"}
 
 
@@ -75,7 +75,7 @@ def _resolve(composed: Any) -> dict[str, Any]:
 
 def _with_stage_data(plain: dict[str, Any], name: str) -> dict[str, Any]:
     """Settings of `stage_data.NAME` replace those of `data`; a plain string is a meta.json."""
-    own = plain.get("stage_data", {}).get(name, {})
+    own = plain.get("stage_data", {}).get(name) or {}
     if isinstance(own, str):
         own = {"meta": own}
     return {**plain, "data": {**plain["data"], **own}}

@@ -32,7 +32,8 @@ def complete(arguments: Sequence[str], recipes: Sequence[str]) -> list[str]:
         added.append(f"recipe={values['model'] if values['model'] in recipes else 'none'}")
     if "data.meta" in values and "data.val_meta" not in values:
         added.append("data.val_meta=null")
-    return [*arguments, *added]
+    # In front: Hydra takes no overrides behind its own flags.
+    return [*added, *arguments]
 
 
 def check_keys(arguments: Sequence[str]) -> None:

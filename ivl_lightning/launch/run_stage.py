@@ -22,6 +22,7 @@ from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.models.build import build_config, build_model, check_shapes, load_model
+from ivl_lightning.models.parts import patch_size, tile_size
 from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
 from ivl_lightning.stages.supervised import SupervisedStage
 
@@ -42,9 +43,8 @@ def run_stage(folder: Path) -> None:
     tokenizer = stage_tokenizer(config)
     datamodule = build_datamodule(config, tokenizer)
     stage = build_stage(config, tokenizer)
-    trainer = build_trainer(config, folder)
     losses = LossEnds()
-    trainer.callbacks.insert(0, losses)
+    trainer = build_trainer(config, folder, [losses])
     for logger in trainer.loggers:
         logger.log_hyperparams(asdict(config))
     start = time.monotonic()
@@ -156,7 +156,7 @@ def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> D
         ConfigError: tiles of another size than the vision tower takes.
     """
     shapes = model_shapes(config)
-    side = shapes.vision_config.image_size[0]
+    side = tile_size(shapes)
     if side != config.data.tile_size:
         raise ConfigError(f"data.tile_size={config.data.tile_size}, but the vision tower takes {side}: make them equal")
     return DynamicPackingDataModule(
@@ -164,7 +164,7 @@ def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> D
         tokenizer,
         template=config.model.template,
         seed=config.seed,
-        patch_size=shapes.vision_config.patch_size[0],
+        patch_size=patch_size(shapes),
         downsample_ratio=shapes.downsample_ratio,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ CHECKPOINT_FOLDER = "checkpoints"
 _NEVER = 10**12
 
 
-def build_trainer(config: RunConfig, folder: Path) -> L.Trainer:
-    """The trainer of one stage; its files go to `folder`."""
+def build_trainer(config: RunConfig, folder: Path, callbacks: Sequence[Callback] = ()) -> L.Trainer:
+    """The trainer of one stage; its files go to `folder`, `callbacks` come before the configured ones."""
     settings = config.trainer
     num_ranks = settings.devices * settings.num_nodes
     micro_steps = accumulation(config.data.packs_per_step, num_ranks)
@@ -44,7 +45,7 @@ def build_trainer(config: RunConfig, folder: Path) -> L.Trainer:
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=build_loggers(config),
-        callbacks=build_callbacks(config, folder),
+        callbacks=[*callbacks, *build_callbacks(config, folder)],
     )
 
 
@@ -65,12 +66,16 @@ def build_callbacks(config: RunConfig, folder: Path) -> list[Callback]:
 
 def _checkpoints(config: RunConfig, folder: Path) -> ModelCheckpoint:
     every = config.trainer.checkpoint_every_n_steps
-    options: dict[str, Any] = {"save_top_k": 0} if every is None else {
-        "save_top_k": config.trainer.keep_checkpoints,
-        "every_n_train_steps": every,
-        "monitor": "step",
-        "mode": "max",
-    }
+    options: dict[str, Any] = (
+        {"save_top_k": 0}
+        if every is None
+        else {
+            "save_top_k": config.trainer.keep_checkpoints,
+            "every_n_train_steps": every,
+            "monitor": "step",
+            "mode": "max",
+        }
+    )
     return ModelCheckpoint(dirpath=folder / CHECKPOINT_FOLDER, filename="{step:08d}", **options)
 
 

@@ -85,9 +85,8 @@ def packed_attention(
         raise ValueError(f"packed attention has no dropout, but the model asks for {dropout}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
-        rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        kernel = varlen_kernel()
-        output = kernel(*rows, cu_seq_lens_q.to(query.device), max_length_q, scaling, sliding_window)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        output = varlen_kernel()(q, k, v, cu_seq_lens_q.to(query.device), max_length_q, scaling, sliding_window)
         return output.unsqueeze(0), None
     return _per_document(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
 
@@ -165,9 +164,7 @@ def _flash_attn(
     window: int | None,
 ) -> Tensor:
     size = (-1, -1) if window is None else (window - 1, 0)
-    return function(
-        query, key, value, cu, cu, longest, longest, softmax_scale=scaling, causal=True, window_size=size
-    )
+    return function(query, key, value, cu, cu, longest, longest, softmax_scale=scaling, causal=True, window_size=size)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

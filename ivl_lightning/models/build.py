@@ -18,9 +18,11 @@ from transformers import (
 )
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
+from ivl_lightning.config.schema import ModelConfig
+
 # Imported for its registration: `attn_implementation="ivl_packed"` is known from here on.
 from ivl_lightning.models.attention import PACKED_ATTENTION
-from ivl_lightning.config.schema import ModelConfig
+from ivl_lightning.models.parts import patch_size, text_config, tile_size, vision_tower
 from ivl_lightning.models.tokenizer import image_token_id
 
 VISION_ATTENTION = "sdpa"
@@ -40,14 +42,15 @@ def build_config(config: ModelConfig) -> InternVLConfig:
         raise ValueError("model.language_model.model_type is missing: name any AutoModel type, such as qwen2 or llama")
     _check_fields("model.language_model", language, AutoConfig.for_model(model_type))
     vision = InternVLVisionConfig(**config.vision)
-    side = int(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
-    return InternVLConfig(
+    internvl = InternVLConfig(
         vision_config=vision,
         text_config=AutoConfig.for_model(model_type, **{**language, "tie_word_embeddings": False}),
         downsample_ratio=config.downsample_ratio,
-        image_seq_length=side * side,
         tie_word_embeddings=False,
     )
+    side = int(tile_size(internvl) // patch_size(internvl) * config.downsample_ratio)
+    internvl.image_seq_length = side * side
+    return internvl
 
 
 def _check_fields(where: str, given: dict[str, Any], known: PreTrainedConfig) -> None:
@@ -68,6 +71,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Inte
     dtype = getattr(torch, config.dtype)
     if config.path is not None:
         model = load_model(config.path, dtype=dtype, attention=config.attention)
+        check_shapes(model, config)
     else:
         model = _random_model(config, len(tokenizer), dtype)
     grow_vocabulary(model, len(tokenizer))
@@ -78,19 +82,18 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Inte
 def _random_model(config: ModelConfig, vocabulary: int, dtype: torch.dtype) -> InternVLForConditionalGeneration:
     internvl = build_config(config)
     if "vocab_size" not in config.language_model:
-        internvl.text_config.vocab_size = vocabulary
-    internvl.dtype = internvl.text_config.dtype = internvl.vision_config.dtype = dtype
+        text_config(internvl).vocab_size = vocabulary
     model = InternVLForConditionalGeneration._from_config(
         internvl, dtype=dtype, attn_implementation=_attention(config.attention)
     )
     if model.device.type != "meta":
-        _break_symmetry(model.model.vision_tower)
+        _break_symmetry(vision_tower(model))
     return model
 
 
-def _break_symmetry(vision_tower: InternVLVisionModel) -> None:
+def _break_symmetry(tower: InternVLVisionModel) -> None:
     """Random class token and positions, as in the original; the library leaves them 0, and patches then look alike."""
-    embeddings = vision_tower.embeddings
+    embeddings = tower.embeddings
     nn.init.normal_(embeddings.cls_token, std=_POSITION_STD)
     nn.init.normal_(embeddings.position_embeddings, std=_POSITION_STD)
 
@@ -149,14 +152,14 @@ def grow_vocabulary(model: InternVLForConditionalGeneration, size: int) -> None:
     Source: official `internvl_chat_finetune.py`: new input rows keep the library's random start, new output rows the
     mean, so that a new token begins as likely as an average one.
     """
-    old = model.config.text_config.vocab_size
+    old = text_config(model.config).vocab_size
     if size <= old:
         return
     model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         head = model.lm_head.weight
         head[old:] = head[:old].mean(dim=0, keepdim=True)
-    model.config.text_config.vocab_size = size
+    text_config(model.config).vocab_size = size
 
 
 def enable_activation_checkpointing(model: InternVLForConditionalGeneration) -> None:

@@ -7,7 +7,10 @@ branches of a layer draw independently.
 
 import torch
 from torch import Tensor, nn
+from transformers import InternVLVisionConfig
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer, InternVLVisionModel
+
+from ivl_lightning.models.parts import vision_layers
 
 
 class DropPath(nn.Module):
@@ -38,10 +41,14 @@ class StochasticDepthLayer(InternVLVisionLayer):
     commutes with it.
     """
 
-    def __init__(self, config: object, rate: float) -> None:
+    def __init__(self, config: InternVLVisionConfig, rate: float) -> None:
         super().__init__(config)
-        self.attention.projection_dropout = nn.Sequential(self.attention.projection_dropout, DropPath(rate))
-        self.dropout = nn.Sequential(self.dropout, DropPath(rate))
+        self.attention.add_module("projection_dropout", _followed(self.attention.projection_dropout, rate))
+        self.add_module("dropout", _followed(self.dropout, rate))
+
+
+def _followed(dropout: nn.Module, rate: float) -> nn.Sequential:
+    return nn.Sequential(dropout, DropPath(rate))
 
 
 def apply_drop_path(vision_tower: InternVLVisionModel, rate: float) -> None:
@@ -54,7 +61,7 @@ def apply_drop_path(vision_tower: InternVLVisionModel, rate: float) -> None:
         raise ValueError(f"stage.drop_path_rate={rate} must be at least 0 and below 1")
     if rate == 0.0:
         return
-    layers = vision_tower.encoder.layer
+    layers = vision_layers(vision_tower)
     for index, layer_rate in enumerate(torch.linspace(0, rate, len(layers)).tolist()):
         with torch.device("meta"):
             layer = StochasticDepthLayer(vision_tower.config, layer_rate)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import InternVLForConditionalGeneration
+from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 from ivl_lightning.config.schema import Part
+from ivl_lightning.models.parts import vision_layers, vision_tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,15 @@ def set_trainable(
         for module in modules:
             module.requires_grad_(name in wanted)
     if last_vision_layers is not None and "vision" in wanted:
-        _keep_last_layers(model.model.vision_tower, last_vision_layers)
+        _keep_last_layers(vision_tower(model), last_vision_layers)
 
 
-def _keep_last_layers(vision_tower: nn.Module, count: int) -> None:
-    layers = vision_tower.encoder.layer
+def _keep_last_layers(tower: InternVLVisionModel, count: int) -> None:
+    layers = vision_layers(tower)
     if not 0 < count <= len(layers):
         raise ValueError(f"stage.trainable_vision_layers={count}, but the vision tower has {len(layers)} layers")
-    vision_tower.requires_grad_(False)
-    for layer in layers[-count:]:
-        layer.requires_grad_(True)
+    tower.requires_grad_(False)
+    layers[-count:].requires_grad_(True)
 
 
 def frozen_modules(model: InternVLForConditionalGeneration) -> list[nn.Module]:

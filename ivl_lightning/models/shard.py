@@ -8,6 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import InternVLForConditionalGeneration
 
+from ivl_lightning.models.parts import language_layers, vision_layers, vision_tower
+
 
 def shard_model(
     root: nn.Module,
@@ -38,4 +40,4 @@ def shard_model(
 
 def transformer_blocks(model: InternVLForConditionalGeneration) -> list[nn.Module]:
     """All blocks of vision tower and language model, in order of execution."""
-    return [*model.model.vision_tower.encoder.layer, *model.model.language_model.layers]
+    return [*vision_layers(vision_tower(model)), *language_layers(model)]

@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
+from ivl_lightning.constants import STAGES
 from ivl_lightning.reporting.metrics_csv import Metrics, complete_lines, read_metrics
-
-STAGE_ORDER = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning", "mixed_preference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,8 @@ def read_run(folder: Path) -> Run:
 
 def _place(folder: Path) -> tuple[int, str]:
     # Not by file times: they do not survive a copy of the run.
-    known = folder.name in STAGE_ORDER
-    return STAGE_ORDER.index(folder.name) if known else len(STAGE_ORDER), folder.name
+    known = folder.name in STAGES
+    return STAGES.index(folder.name) if known else len(STAGES), folder.name
 
 
 def _read_stage(folder: Path) -> StageFolder:

@@ -6,8 +6,8 @@ It is the root of FSDP. Everything that touches a parameter happens inside its f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import InternVLForConditionalGeneration
 from ivl_lightning.data.tiling import normalize_tiles
 from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.models.attention import boundaries
+from ivl_lightning.models.parts import tile_size
 from ivl_lightning.structures import PackedBatch, PromptBatch
 
 GENERATION_ATTENTION = "sdpa"
@@ -68,7 +69,7 @@ class InternVLWithLoss(nn.Module):
             _check_slots(int(slots.sum()), features, names)
             return embeds.masked_scatter(slots.unsqueeze(-1), features.to(embeds.dtype))
         if self.always_run_vision:
-            side = self.internvl.config.vision_config.image_size[0]
+            side = tile_size(self.internvl.config)
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds.device)
             return embeds + 0.0 * self._features(blank).sum().to(embeds.dtype)
         return embeds
@@ -89,7 +90,9 @@ class InternVLWithLoss(nn.Module):
         training_attention = language.config._attn_implementation
         language.set_attn_implementation(GENERATION_ATTENTION)
         try:
-            return self.internvl.generate(
+            # The library types `generate` for other callers than its own classes.
+            generate = cast(Callable[..., Tensor], self.internvl.generate)
+            return generate(
                 inputs_embeds=embeds, attention_mask=prompts.attention_mask, do_sample=False, use_cache=True, **options
             )
         finally:

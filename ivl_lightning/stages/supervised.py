@@ -6,7 +6,7 @@ A stage is this class with another choice of what trains.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import lightning as L
 import torch
@@ -18,21 +18,22 @@ from torchmetrics import MeanMetric
 from transformers import InternVLForConditionalGeneration
 
 from ivl_lightning.config.schema import OptimConfig, Part, StrategyConfig
+from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.inference.answers import decode_answers
 from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.metrics.exact_match import ExactMatch
 from ivl_lightning.models.build import enable_activation_checkpointing
 from ivl_lightning.models.drop_path import apply_drop_path
 from ivl_lightning.models.freeze import frozen_modules, model_parts, part_sizes, set_trainable
+from ivl_lightning.models.parts import vision_layers, vision_tower
 from ivl_lightning.models.shard import shard_model
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
-from ivl_lightning.reweighting import Reduction
 from ivl_lightning.stages.root import InternVLWithLoss
 from ivl_lightning.stages.tables import trainable_table
 from ivl_lightning.structures import Answer, PackedBatch, PromptBatch
 
-ModelSource = InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
+ModelSource: TypeAlias = InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
 
 
 class SupervisedStage(L.LightningModule):
@@ -66,7 +67,8 @@ class SupervisedStage(L.LightningModule):
         sharding: StrategyConfig | None = None,
     ) -> None:
         super().__init__()
-        self.model_source = model
+        # Behind a function, so that Lightning does not register a ready network a second time.
+        self._source = (lambda: model) if isinstance(model, InternVLForConditionalGeneration) else model
         self.loss_head = loss or NextTokenLoss()
         self.optim = optim or OptimConfig()
         self.trainable: tuple[Part, ...] = tuple(trainable) if trainable else self.default_trainable
@@ -82,7 +84,7 @@ class SupervisedStage(L.LightningModule):
         self._step_sum: Tensor | None = None
 
     @property
-    def reduction(self) -> Reduction:
+    def reduction(self) -> str:
         """Reweighting rule; the data module weighs and plans by it."""
         return self.loss_head.reduction
 
@@ -98,9 +100,8 @@ class SupervisedStage(L.LightningModule):
         """Build, freeze, wrap and shard; called by Lightning once devices are known, or by hand without a trainer."""
         if self.root is not None:
             return
-        source = self.model_source
-        model = source if isinstance(source, nn.Module) else source()
-        apply_drop_path(model.model.vision_tower, self.drop_path_rate)
+        model = self._source()
+        apply_drop_path(vision_tower(model), self.drop_path_rate)
         set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
         if self.activation_checkpointing:
             enable_activation_checkpointing(model)
@@ -115,6 +116,7 @@ class SupervisedStage(L.LightningModule):
                 reshard_after_forward=self.sharding.reshard_after_forward,
             )
             register_fsdp_forward_method(self.root, "generate")
+        self.train()
 
     def _always_run_vision(self) -> bool:
         """Whether a micro-batch without a tile runs the tower all the same.
@@ -163,14 +165,14 @@ class SupervisedStage(L.LightningModule):
         weighted_sum, _ = self.root(batch)
         self.progress = planned.progress
         self._log_step(weighted_sum.detach(), batch)
-        return self.loss_head.normalise(
-            weighted_sum, batch.loss_weights, planned.weight_sum, planned.packs_per_step
-        )
+        return self.loss_head.normalise(weighted_sum, batch.loss_weights, planned.weight_sum, planned.packs_per_step)
 
     def _log_step(self, weighted_sum: Tensor, batch: PackedBatch) -> None:
         """Add up S over the step's micro-batches; log (sum of S) / W over all ranks with its last one."""
         planned = batch.planned
-        self._step_sum = weighted_sum if planned.micro_step == 0 or self._step_sum is None else self._step_sum + weighted_sum
+        self._step_sum = (
+            weighted_sum if planned.micro_step == 0 or self._step_sum is None else self._step_sum + weighted_sum
+        )
         if planned.micro_step + 1 < planned.num_micro_steps:
             return
         total = self.trainer.strategy.reduce(self._step_sum, reduce_op="sum")
@@ -182,15 +184,15 @@ class SupervisedStage(L.LightningModule):
         """AdamW over the trainable parameters, by part, with warm-up and cosine."""
         optim = self.optim
         parts = model_parts(self.internvl)
-        named = {
+        named: dict[str, list[tuple[str, nn.Parameter]]] = {
             part: [item for module in modules for item in module.named_parameters()] for part, modules in parts.items()
         }
         groups = parameter_groups(
             named,
-            lr={part: optim.lr_by_part.get(part, optim.lr) for part in parts},
-            weight_decay={part: optim.weight_decay_by_part.get(part, optim.weight_decay) for part in parts},
+            lr={part: _chosen(optim.lr_by_part.get(part), optim.lr) for part in parts},
+            weight_decay={part: _chosen(optim.weight_decay_by_part.get(part), optim.weight_decay) for part in parts},
             decay=optim.decay,
-            vision_layers=len(self.internvl.model.vision_tower.encoder.layer),
+            vision_layers=len(vision_layers(vision_tower(self.internvl))),
             vision_layer_decay=optim.vision_layer_decay,
         )
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
@@ -209,7 +211,7 @@ class SupervisedStage(L.LightningModule):
 
     def validation_step(
         self, batch: PackedBatch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> list[Answer] | None:
+    ) -> dict[str, list[Answer]] | None:
         """Loss of a pack, or the answers to a batch of prompts."""
         assert self.root is not None
         if isinstance(batch, PackedBatch):
@@ -219,31 +221,38 @@ class SupervisedStage(L.LightningModule):
             return None
         answers = self._answer(batch)
         for answer in answers:
-            if answer.record.dataset in self.val_scores:
-                self.val_scores[answer.record.dataset].update([answer.generated], [answer.expected])
-        return answers
+            self._scores[answer.record.dataset].update([answer.generated], [answer.expected])
+        return {"answers": answers}
+
+    @property
+    def _scores(self) -> dict[str, ExactMatch]:
+        return {name: metric for name, metric in self.val_scores.items() if isinstance(metric, ExactMatch)}
 
     def _answer(self, batch: PromptBatch) -> list[Answer]:
         assert self.root is not None
-        tokenizer = self.trainer.datamodule.tokenizer
+        datamodule = datamodule_of(self.trainer)
         tokens = self.root.generate(
             batch,
             max_new_tokens=self.generation_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=self.trainer.datamodule.stop_ids,
+            pad_token_id=datamodule.filler_id,
+            eos_token_id=datamodule.stop_ids,
             synced_gpus=isinstance(self.root, FSDPModule),
         )
-        return decode_answers(tokens, batch, tokenizer)
+        return decode_answers(tokens, batch, datamodule.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss, each dataset's score and their mean."""
         # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
         self.log("val/loss", self.val_loss.compute(), sync_dist=True)
         self.val_loss.reset()
-        scores = {name: metric.compute() for name, metric in self.val_scores.items()}
+        scores = {name: metric.compute() for name, metric in self._scores.items()}
         for name, score in scores.items():
             self.log(f"val/exact_match/{name}", score, sync_dist=True)
         if scores:
             self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
-        for metric in self.val_scores.values():
+        for metric in self._scores.values():
             metric.reset()
+
+
+def _chosen(own: float | None, common: float) -> float:
+    return common if own is None else own

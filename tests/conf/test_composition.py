@@ -13,7 +13,8 @@ from transformers import InternVLForConditionalGeneration
 
 from ivl_lightning.config import schema
 from ivl_lightning.config.check import ConfigError, load
-from ivl_lightning.launch.compose import STAGES, compose_stage, stage_names
+from ivl_lightning.constants import STAGES
+from ivl_lightning.launch.compose import compose_stage, stage_names
 from ivl_lightning.launch.overrides import check_keys, complete, flatten, literal, parse
 from ivl_lightning.models.build import build_config
 from ivl_lightning.stages.supervised import SupervisedStage
@@ -66,10 +67,16 @@ def test_every_stage_of_every_recipe(name):
 
 @pytest.mark.parametrize(
     ("group", "choice"),
-    [(group, name) for group in ("optim", "loss", "trainer", "strategy", "logger", "callbacks", "experiment") for name in names(group)],
+    [
+        (group, name)
+        for group in ("optim", "loss", "trainer", "strategy", "logger", "callbacks", "experiment")
+        for name in names(group)
+    ],
 )
 def test_every_choice_of_the_small_groups(group, choice):
-    stage_config("instruction_tuning", f"{group}={choice}", *(["trainer.devices=2"] if choice in ("ddp", "fsdp") else []))
+    stage_config(
+        "instruction_tuning", f"{group}={choice}", *(["trainer.devices=2"] if choice in ("ddp", "fsdp") else [])
+    )
 
 
 @pytest.mark.parametrize("name", names("model"))
@@ -121,11 +128,11 @@ def test_later_wins():
 
 
 def test_stage_data():
-    text = stage_config("mlp_warmup", "+stage_data.mlp_warmup=/data/one.json")
+    text = stage_config("mlp_warmup", "stage_data.mlp_warmup=/data/one.json")
     assert text.data.meta == "/data/one.json"
-    mapping = stage_config("mlp_warmup", "+stage_data.mlp_warmup={meta: /two.json, max_tiles: 2}")
+    mapping = stage_config("mlp_warmup", "stage_data.mlp_warmup={meta: /two.json, max_tiles: 2}")
     assert (mapping.data.meta, mapping.data.max_tiles) == ("/two.json", 2)
-    assert stage_config("instruction_tuning", "+stage_data.mlp_warmup=/one.json").data.meta != "/one.json"
+    assert stage_config("instruction_tuning", "stage_data.mlp_warmup=/one.json").data.meta != "/one.json"
 
 
 def test_stage_names_and_aliases():
@@ -167,21 +174,36 @@ def test_several_contradictions_are_listed_together():
 def test_misspelt_keys_before_hydra():
     check_keys(["optim.lr=1", "recipe.stages.mlp_warmup.optim.lr=1", "model=x", "hydra.run.dir=x", "callbacks.a.b=1"])
     for wrong in ("optim.lrr=1", "++optm.lr=1", "recipe.stages.mlp_warmup.optim.lrr=1", "data.metta=x"):
-        with pytest.raises(ConfigError, match="is not a setting.*Did you mean"):
+        with pytest.raises(ConfigError, match=r"is not a setting.*Did you mean"):
             check_keys([wrong])
 
 
 def test_what_is_added_to_the_command_line():
-    assert complete(["model=a", "x=1"], ["a"]) == ["model=a", "x=1", "recipe=a"]
-    assert complete(["model=b"], ["a"]) == ["model=b", "recipe=none"]
+    assert complete(["model=a", "x=1"], ["a"]) == ["recipe=a", "model=a", "x=1"]
+    assert complete(["model=b"], ["a"]) == ["recipe=none", "model=b"]
     assert complete(["model=b", "recipe=a"], ["a"]) == ["model=b", "recipe=a"]
-    assert complete(["data.meta=x"], []) == ["data.meta=x", "data.val_meta=null"]
+    assert complete(["data.meta=x"], []) == ["data.val_meta=null", "data.meta=x"]
     assert complete(["data.meta=x", "data.val_meta=y"], []) == ["data.meta=x", "data.val_meta=y"]
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, 3, 1e-05, "plain", "it's", "a,b=c", "back\\slash", "end\\", "1e-5", "null", "", [1, "x", None], {"k": [0.5]}],
+    [
+        None,
+        True,
+        3,
+        1e-05,
+        "plain",
+        "it's",
+        "a,b=c",
+        "back\\slash",
+        "end\\",
+        "1e-5",
+        "null",
+        "",
+        [1, "x", None],
+        {"k": [0.5]},
+    ],
 )
 def test_values_survive_the_override_grammar(value):
     """A recipe's values become overrides: type and text must come back as they were."""

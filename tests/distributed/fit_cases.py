@@ -39,7 +39,9 @@ class Recorder(Callback):
                 grad = parameter.grad
                 self.gradients[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         if batch.planned.micro_step + 1 == batch.planned.num_micro_steps:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 

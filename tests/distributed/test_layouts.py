@@ -1,4 +1,4 @@
-"""The same loss, gradients and validation on any layout: 1 rank x 4, 2 x 2, 4 x 1, DDP and FSDP2, on real gloo ranks."""
+"""The same loss, gradients and validation on any layout: 1 rank x 4, 2 x 2, 4 x 1, DDP and FSDP2, on gloo ranks."""
 
 import os
 import subprocess
@@ -50,7 +50,8 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "case"), [(2, case) for case in TWO_RANKS if "micro_batch" not in case] + [(4, c) for c in FOUR_RANKS]
+    ("world_size", "case"),
+    [(2, case) for case in TWO_RANKS if "micro_batch" not in case] + [(4, c) for c in FOUR_RANKS],
 )
 def test_layout_changes_nothing(results, world_size, case):
     """Losses of three steps and all gradients of the first equal those of one process that accumulates 4 packs.

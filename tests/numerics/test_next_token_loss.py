@@ -157,11 +157,11 @@ def test_a_slot_too_many_names_the_records(model):
     rng = np.random.default_rng(0)
     document = tiny.random_document(rng, 6, tiles=1)
     broken = Encoded(document.input_ids, document.labels, torch.cat([document.pixel_values] * 2))
-    with pytest.raises(ValueError, match="4 image slots in the text but 8 features from 2 tiles.*document 0"):
+    with pytest.raises(ValueError, match=r"4 image slots in the text but 8 features from 2 tiles.*document 0"):
         InternVLWithLoss(model, NextTokenLoss())(tiny.pack([broken]))
 
 
 @pytest.mark.parametrize("wrong", [{"reduction": "squared"}, {"normaliser": "global"}, {"chunk_rows": 0}])
 def test_wrong_settings_name_the_accepted_values(wrong):
-    with pytest.raises(ValueError, match="use one of|at least 1"):
+    with pytest.raises(ValueError, match=r"use one of|at least 1"):
         NextTokenLoss(**wrong)

@@ -84,7 +84,9 @@ def test_workers_change_nothing(meta, tokenizer):
 
 def test_held_back_rows_are_not_trained(meta, tokenizer):
     data = module(meta, tokenizer, val_rows=5)
-    places = [{corpus.locate(row)[1].id for row in range(len(corpus))} for corpus in (data.train_corpus, data.val_corpus)]
+    places = [
+        {corpus.locate(row)[1].id for row in range(len(corpus))} for corpus in (data.train_corpus, data.val_corpus)
+    ]
     assert len(places[0]) == 19
     assert len(places[1]) == 5
     assert not places[0] & places[1]
@@ -123,9 +125,7 @@ def test_prompt_groups_keep_ranks_in_step(world_size):
 def test_faults_are_rejected_and_listed(tokenizer, tmp_path):
     """Every fault of the fixture is decided as its expected.json says; the other rows of the file survive."""
     data = DynamicPackingDataModule(
-        DataConfig(
-            meta=str(FAULTS / "meta.json"), max_tokens=8192, max_pack_tiles=64, num_workers=0, reject_limit=1.0
-        ),
+        DataConfig(meta=str(FAULTS / "meta.json"), max_tokens=8192, max_pack_tiles=64, num_workers=0, reject_limit=1.0),
         tokenizer,
     )
     data.setup("fit")
@@ -202,8 +202,8 @@ def test_truncation_cuts_text_at_the_cap(meta, tokenizer):
     """All text rows are cut to 40 tokens; an image row is kept only if its slots end before the cut."""
     data = tiny.tiny_data_config(meta, max_sample_tokens=70, over_length="truncate", reject_limit=1.0)
     built = DynamicPackingDataModule(data, tokenizer, patch_size=tiny.PATCH_SIZE)
-    with pytest.raises(ValueError, match="no label to train on|no row to train on"):
-        built.setup("fit")
+    built.setup("fit")
+    with pytest.raises(ValueError, match=r"no label to train on"):
         built.train_dataloader()
 
 
@@ -216,7 +216,7 @@ def test_the_trainer_gets_its_accumulation(meta, tokenizer):
     wrong = L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=3, max_epochs=1)
     other = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, patch_size=tiny.PATCH_SIZE)
     other.trainer = wrong
-    with pytest.raises(ValueError, match="accumulate_grad_batches=3.*packs_per_step=4 on 1 ranks, which makes 4"):
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=3.*packs_per_step=4 on 1 ranks, which makes 4"):
         other.setup("fit")
 
 

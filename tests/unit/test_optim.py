@@ -13,7 +13,9 @@ from ivl_lightning.optim.schedule import WarmupSchedule
 
 def groups_of(model, **changes):
     parts = model_parts(model)
-    named = {part: [item for module in modules for item in module.named_parameters()] for part, modules in parts.items()}
+    named = {
+        part: [item for module in modules for item in module.named_parameters()] for part, modules in parts.items()
+    }
     options = {"lr": dict.fromkeys(parts, 1e-3), "weight_decay": dict.fromkeys(parts, 0.1), "vision_layers": 2}
     return parameter_groups(named, **{**options, **changes})
 

@@ -17,7 +17,7 @@ SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 8)), min_size=1
 
 
 def test_repeat_times_by_hand():
-    """Sizes 5, 4, 3 with repeat 0.6, 1, 2.5: int(3.0) + 4 + int(7.5) = 14 samples; rows 9..11 twice, one of them thrice."""
+    """Sizes 5, 4, 3 with repeat 0.6, 1, 2.5: int(3.0) + 4 + int(7.5) = 14 samples; rows 9..11 twice, one thrice."""
     assert epoch_size([5, 4, 3], [0.6, 1, 2.5]) == 14
     order = epoch_order([5, 4, 3], [0.6, 1, 2.5], seed=0, epoch=0)
     rows = Counter((order % 12).tolist())
