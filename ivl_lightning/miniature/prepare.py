@@ -20,7 +20,7 @@ _PATIENCE = 1.0
 """Seconds before a progress bar is worth showing."""
 
 
-def prepare(folder: str | Path, *, rows: int = 1000, val_rows: int = 100, seed: int = 0, tile_size: int = 64) -> None:
+def prepare(folder: str | Path, *, rows: int = 2000, val_rows: int = 100, seed: int = 0, tile_size: int = 64) -> None:
     """Make the dataset, and the tokenizer in `folder/tokenizer`; what is there for these settings is kept.
 
     A call that is killed leaves nothing that a later one would take for whole.
