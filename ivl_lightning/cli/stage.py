@@ -12,9 +12,13 @@ ERROR_NAME = "error.log"
 def main() -> None:
     """Train; a user's mistake ends with its message, the traceback goes to a file."""
     folder = Path(sys.argv[1])
-    _quiet()
+    from transformers.utils.logging import disable_progress_bar
+
     from ivl_lightning.launch.run_stage import run_stage
 
+    _quiet()
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         run_stage(folder)
     except ValueError as error:
@@ -23,8 +27,10 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """Lightning's notes on devices and its own deprecations say nothing to the user of this command."""
+    """What the libraries say about themselves is of no use to the user of this command."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Frozen parts are in eval mode on purpose.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
 
 

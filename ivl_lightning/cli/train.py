@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -47,6 +49,7 @@ def run(composed: DictConfig) -> None:
 
     run_dir = job_folder(composed.run_dir)
     arguments = [*HydraConfig.get().overrides.task, *_search_path()]
+    _write_command(run_dir)
     names = stage_names(composed.stages, list(composed.recipe.stages))
     configs = {name: compose_stage(name, arguments, run_dir=run_dir) for name in names}
     try:
@@ -59,6 +62,13 @@ def run(composed: DictConfig) -> None:
 
     print_stage_table(results)
     print(f"report: {write_report(run_dir)}")
+
+
+def _write_command(run_dir: str) -> None:
+    """Keep the command beside its results, for the report."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
+    (Path(run_dir) / "command.txt").write_text(command + "\n", encoding="utf-8")
 
 
 def job_folder(run_dir: str) -> str:

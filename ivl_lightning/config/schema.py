@@ -43,6 +43,7 @@ class ModelConfig(Strict):
         vision: fields of transformers' `InternVLVisionConfig`.
         language_model: `model_type` of any AutoModel language model, and fields of its configuration class.
         downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
+        position_std: spread of the class token and positions of a tower with random weights; 1 is the original's.
         dtype: of the stored weights; the optimizer keeps the same.
         attention: `ivl_packed`, or a transformers implementation that honors `cu_seq_lens_*` (flash_attention_2).
         activation_checkpointing: recompute each block in backward.
@@ -56,6 +57,7 @@ class ModelConfig(Strict):
     vision: dict[str, Any] = field(default_factory=dict)
     language_model: dict[str, Any] = field(default_factory=dict)
     downsample_ratio: float = 0.5
+    position_std: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = "ivl_packed"
     activation_checkpointing: bool = False

@@ -15,12 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.config.schema import DataConfig
-from ivl_lightning.data.annotations import DatasetSpec
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, prompt_groups
-from ivl_lightning.data.encoding import EncodingSettings, RowEncoder, tokens_per_tile
+from ivl_lightning.data.encoding import EncoderFactory, encoder_factory, tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
-from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import EpochPlan, PlanSettings, TrainingPlan, accumulation, fixed_plan
 from ivl_lightning.data.sampler import FixedSampler
 from ivl_lightning.data.templates import get_template
@@ -89,9 +87,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
         if self.config.val_rows:
             train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
             validation = held_back.measured_again(self._encoder(training=False))
+            self.ledger.add(validation.rejects, write=self._rank == 0)
         self.train_corpus, self.val_corpus = train, validation
-        if self.trainer is not None and stage == "fit":
-            self._set_up_trainer(self.trainer)
+        if self.trainer is not None:
+            self.reduction = getattr(self.trainer.lightning_module, "reduction", self.reduction)
+            if stage == "fit":
+                self._set_up_trainer(self.trainer)
         self._plan = self._make_plan()
 
     def _read_corpora(self, *, progress: bool) -> tuple[Corpus, Corpus | None]:
@@ -108,7 +109,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         rejects = [line for corpus in corpora for line in dict.fromkeys(corpus.rejects)]
         folder = None if self.trainer is None else Path(self.trainer.default_root_dir)
         self.ledger = Ledger(None if folder is None else folder / LEDGER_NAME)
-        self.ledger.add(rejects if self._rank == 0 else [])
+        # Every rank counts, so that all stop together; the first one writes.
+        self.ledger.add(rejects, write=self._rank == 0)
         self.ledger.check(sum(map(len, corpora)) + self.ledger.counted, self.config.reject_limit, rejects)
 
     def _set_up_trainer(self, trainer: L.Trainer) -> None:
@@ -122,7 +124,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
         trainer.accumulate_grad_batches = steps
         # Each epoch has a plan of its own, so each has a loader of its own.
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # set by Lightning's connector
-        self.reduction = getattr(trainer.lightning_module, "reduction", self.reduction)
 
     def _make_plan(self) -> TrainingPlan:
         assert self.train_corpus is not None
@@ -287,35 +288,10 @@ class DynamicPackingDataModule(L.LightningDataModule):
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def _encoder(self, *, training: bool) -> Any:
-        """Factory of row encoders under training or validation settings."""
-        config = self.config
-        settings = EncodingSettings(
-            template=self.template,
-            max_tokens=min(config.max_tokens, config.max_sample_tokens or config.max_tokens),
-            max_pack_tiles=config.max_pack_tiles,
-            tokens_per_tile=self.tile_tokens,
-            tile_size=config.tile_size,
-            min_tiles=config.min_tiles,
-            max_tiles=config.max_tiles if training else config.val_max_tiles,
-            use_thumbnail=config.use_thumbnail,
-            dataset_tiles=training,
-            over_length=config.over_length,
-            image_labels=config.image_labels,
+    def _encoder(self, *, training: bool) -> EncoderFactory:
+        return encoder_factory(
+            self.config, self.tokenizer, template=self.template, tile_tokens=self.tile_tokens, training=training
         )
-
-        def factory(spec: DatasetSpec) -> RowEncoder:
-            reader = MediaReader(
-                root=spec.root,
-                allowed_schemes=tuple(config.allowed_schemes),
-                follow_symlinks=config.follow_symlinks,
-                max_pixels=config.max_pixels,
-                exif_transpose=config.exif_transpose,
-                gray16=config.gray16,
-            )
-            return RowEncoder(spec, reader, self.tokenizer, settings)
-
-        return factory
 
 
 def datamodule_of(trainer: L.Trainer) -> DynamicPackingDataModule:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ivl_lightning.config.schema import ImageLabels, OverLength
+from ivl_lightning.config.schema import DataConfig, ImageLabels, OverLength
 from ivl_lightning.constants import DOWNSAMPLE_RATIO, IGNORE_INDEX, PATCH_SIZE, TILE_SIZE
 from ivl_lightning.data.annotations import DatasetSpec, media_of
 from ivl_lightning.data.augmentation import degrade_jpeg
@@ -220,3 +220,43 @@ class RowEncoder:
 
 
 EncoderFactory = Callable[[DatasetSpec], RowEncoder]
+
+
+def encoder_factory(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, template: str, tile_tokens: int, training: bool
+) -> EncoderFactory:
+    """Makes the encoder of each dataset under the training or the validation settings.
+
+    Args:
+        config: caps, tiling, paths.
+        tokenizer: with the nine special tokens.
+        template: chat template.
+        tile_tokens: context tokens of a tile.
+        training: false takes `val_max_tiles` for every dataset.
+    """
+    settings = EncodingSettings(
+        template=template,
+        max_tokens=min(config.max_tokens, config.max_sample_tokens or config.max_tokens),
+        max_pack_tiles=config.max_pack_tiles,
+        tokens_per_tile=tile_tokens,
+        tile_size=config.tile_size,
+        min_tiles=config.min_tiles,
+        max_tiles=config.max_tiles if training else config.val_max_tiles,
+        use_thumbnail=config.use_thumbnail,
+        dataset_tiles=training,
+        over_length=config.over_length,
+        image_labels=config.image_labels,
+    )
+
+    def factory(spec: DatasetSpec) -> RowEncoder:
+        reader = MediaReader(
+            root=spec.root,
+            allowed_schemes=tuple(config.allowed_schemes),
+            follow_symlinks=config.follow_symlinks,
+            max_pixels=config.max_pixels,
+            exif_transpose=config.exif_transpose,
+            gray16=config.gray16,
+        )
+        return RowEncoder(spec, reader, tokenizer, settings)
+
+    return factory

@@ -75,7 +75,7 @@ def _measure(encoder: RowEncoder, progress: bool) -> DatasetIndex:
     rejects: list[Reject] = []
     file = AnnotationFile(encoder.spec.annotation)
     lines: Iterator[tuple[int, int, int]] = file.iter_lines()
-    for line, offset, length in track(lines, f"measuring {encoder.spec.name}", disable=not progress):
+    for line, offset, length in track(lines, f"measuring {encoder.spec.name}", transient=True, disable=not progress):
         data = file.read(offset, length)
         record = Record(encoder.spec.name, str(encoder.spec.annotation), line, {})
         try:

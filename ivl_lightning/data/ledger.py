@@ -33,14 +33,19 @@ class Ledger:
         self.counted = 0
         self._written = _read_lines(path)
 
-    def add(self, rejects: Iterable[Reject]) -> None:
-        """Count, and write what the file does not hold yet (a resumed run finds the same rejects again)."""
+    def add(self, rejects: Iterable[Reject], *, write: bool = True) -> None:
+        """Count, and write what the file does not hold yet (a resumed run finds the same rejects again).
+
+        Args:
+            rejects: rows not used.
+            write: false where another rank writes the same rows.
+        """
         rejects = list(rejects)
         self.counts.update(line.reason for line in rejects)
         self.counted += sum(line.counted for line in rejects)
         rejects = [line for line in rejects if line not in self._written]
         self._written.update(rejects)
-        if self.path is None or not rejects:
+        if self.path is None or not write or not rejects:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

@@ -50,7 +50,8 @@ def run_stage(folder: Path) -> None:
     start = time.monotonic()
     checkpoint = newest_checkpoint(folder)
     trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    trainer.validate(stage, datamodule, verbose=False)
+    if losses.validated_at != trainer.global_step:
+        trainer.validate(stage, datamodule, verbose=False)
     state_dict = full_state_dict(stage.internvl)
     if trainer.is_global_zero:
         save_weights(stage.internvl, state_dict, tokenizer, folder / WEIGHTS_FOLDER)
@@ -59,11 +60,12 @@ def run_stage(folder: Path) -> None:
 
 
 class LossEnds(Callback):
-    """Remembers the first and the last training loss, over restarts too."""
+    """Remembers the first and the last training loss, over restarts too, and when validation last ran."""
 
     def __init__(self) -> None:
         self.first: float | None = None
         self.last = float("nan")
+        self.validated_at: int | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Read the loss of a finished step."""
@@ -73,6 +75,10 @@ class LossEnds(Callback):
         self.last = float(loss)
         if self.first is None:
             self.first = self.last
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The scores of this step need not be taken again."""
+        self.validated_at = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in checkpoints."""

@@ -26,7 +26,6 @@ from ivl_lightning.models.parts import patch_size, text_config, tile_size, visio
 from ivl_lightning.models.tokenizer import image_token_id
 
 VISION_ATTENTION = "sdpa"
-_POSITION_STD = 0.02
 
 
 def build_config(config: ModelConfig) -> InternVLConfig:
@@ -87,15 +86,15 @@ def _random_model(config: ModelConfig, vocabulary: int, dtype: torch.dtype) -> I
         internvl, dtype=dtype, attn_implementation=_attention(config.attention)
     )
     if model.device.type != "meta":
-        _break_symmetry(vision_tower(model))
+        _break_symmetry(vision_tower(model), config.position_std)
     return model
 
 
-def _break_symmetry(tower: InternVLVisionModel) -> None:
+def _break_symmetry(tower: InternVLVisionModel, std: float) -> None:
     """Random class token and positions, as in the original; the library leaves them 0, and patches then look alike."""
     embeddings = tower.embeddings
-    nn.init.normal_(embeddings.cls_token, std=_POSITION_STD)
-    nn.init.normal_(embeddings.position_embeddings, std=_POSITION_STD)
+    nn.init.normal_(embeddings.cls_token, std=std)
+    nn.init.normal_(embeddings.position_embeddings, std=std)
 
 
 def load_model(path: str, **kwargs: Any) -> InternVLForConditionalGeneration:

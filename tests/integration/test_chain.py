@@ -1,0 +1,89 @@
+"""`python train.py`, shortened: every stage of the miniature, the table, the report, skipping, failing."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
+SMOKE = ("experiment=miniature_smoke", "trainer.threads=1")
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One shortened run of all stages."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    return folder, train(*SMOKE, f"run_dir={folder}")
+
+
+def test_every_stage_finishes(run):
+    folder, result = run
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(stage in result.stdout for stage in STAGES)
+    done = [json.loads((folder / stage / "done.json").read_text()) for stage in STAGES]
+    assert [entry["steps"] for entry in done] == [10] * 4
+    assert [entry["trained"] for entry in done] == [
+        ["llm"],
+        ["projector"],
+        ["vision", "projector"],
+        ["vision", "projector", "llm"],
+    ]
+    assert done[0]["loss_last"] < done[0]["loss_first"]
+    assert all(0.0 <= entry["scores"]["val/exact_match"] <= 1.0 for entry in done)
+
+
+def test_each_stage_starts_from_the_one_before(run):
+    folder, _ = run
+    done = [json.loads((folder / stage / "done.json").read_text()) for stage in STAGES]
+    assert done[0]["input_weights"] == "random"
+    for before, after in pairwise(done):
+        assert after["input_weights"] == before["output_weights"] != after["output_weights"]
+
+
+def test_the_run_folder_holds_everything(run):
+    folder, _ = run
+    report = (folder / "report.html").read_text()
+    assert "data:image/png;base64" in report
+    assert "python" in (folder / "command.txt").read_text()
+    for stage in STAGES:
+        assert (folder / stage / "config.yaml").is_file()
+        assert (folder / stage / "weights/model.safetensors").is_file()
+        assert (folder / stage / "weights/tokenizer.json").is_file()
+        assert "train/loss" in next((folder / stage / "csv").glob("version_*/metrics.csv")).read_text()
+        assert (folder / stage / "samples.jsonl").is_file()
+
+
+def test_finished_stages_are_skipped_and_a_changed_setting_is_named(run):
+    folder, _ = run
+    again = train(*SMOKE, f"run_dir={folder}")
+    assert again.returncode == 0
+    assert again.stdout.count("is finished, skipped") == 4
+    changed = train(*SMOKE, f"run_dir={folder}", "recipe.stages.mlp_warmup.optim.lr=0.5")
+    assert changed.returncode == 1
+    assert "mlp_warmup was finished with optim.lr=0.002, this command says 0.5" in changed.stderr.replace("\n", " ")
+
+
+def test_a_failing_stage_stops_the_chain_with_its_own_error(run, tmp_path):
+    """Stage 1 gets a meta.json that is not there; stage 1.5 is not started, stage language_warmup stays finished."""
+    folder, _ = run
+    (folder / "vit_incremental/done.json").rename(tmp_path / "done.json")
+    try:
+        result = train(*SMOKE, f"run_dir={folder}", "stage_data.vit_incremental=/not/there/meta.json")
+    finally:
+        (tmp_path / "done.json").rename(folder / "vit_incremental/done.json")
+    assert result.returncode == 1
+    assert "/not/there/meta.json" in result.stderr
+    assert "stage vit_incremental failed with exit code 1; later stages were not started" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in (folder / "vit_incremental/error.log").read_text()

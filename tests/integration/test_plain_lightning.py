@@ -1,0 +1,148 @@
+"""The parts as a plain Lightning plugin: no Hydra, a Trainer of one's own, real rows, continuing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from ivl_lightning.callbacks.packing_stats import PackingStats
+from ivl_lightning.config.schema import OptimConfig
+from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.stages.instruction_tuning import InstructionTuning
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared/real/meta.json"
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses, self.samples = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        self.samples += batch.sample_ids
+        if batch.planned.micro_step + 1 == batch.planned.num_micro_steps:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def fit(meta, tokenizer, folder, *, steps, ckpt_path=None, callbacks=(), **changes):
+    losses = Losses()
+    module = InstructionTuning(
+        lambda: tiny.build_tiny_model(tokenizer), optim=OptimConfig(lr=1e-3, warmup_steps=0), generation_tokens=3
+    )
+    data = DynamicPackingDataModule(
+        tiny.tiny_data_config(meta, packs_per_step=2, max_tokens=420, **changes), tokenizer, patch_size=tiny.PATCH_SIZE
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[losses, ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1), *callbacks],
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return losses, trainer, module
+
+
+def test_nothing_of_hydra_is_imported(meta, tmp_path):
+    """Stage, data module and trainer work without Hydra or OmegaConf in memory."""
+    code = (
+        "import sys, lightning as L; from pathlib import Path; from tests import tiny\n"
+        "from ivl_lightning.data.datamodule import DynamicPackingDataModule as Data\n"
+        "from ivl_lightning.stages.instruction_tuning import InstructionTuning\n"
+        "tokenizer = tiny.load_tiny_tokenizer()\n"
+        f"data = Data(tiny.tiny_data_config(Path({str(meta)!r})), tokenizer, patch_size=tiny.PATCH_SIZE)\n"
+        "L.Trainer(max_steps=1, accelerator='cpu', logger=False, enable_checkpointing=False).fit(\n"
+        "    InstructionTuning(tiny.build_tiny_model(tokenizer)), data)\n"
+        "print([name for name in ('hydra', 'omegaconf') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7])
+def test_resumed_equals_never_stopped(meta, tokenizer, tmp_path, stop):
+    """8 steps in one go, or `stop` steps, a new process's worth of new objects, and the rest: the same rows and losses.
+
+    An epoch has 5 or 6 steps, so the cuts lie in the middle of an epoch, near its end, and in the next one.
+    """
+    whole, trainer, _ = fit(meta, tokenizer, tmp_path / "whole", steps=8)
+    fit(meta, tokenizer, tmp_path / "cut", steps=stop)
+    checkpoint = next((tmp_path / "cut").glob(f"*step={stop}.ckpt"))
+    rest, _, _ = fit(meta, tokenizer, tmp_path / "cut", steps=8, ckpt_path=checkpoint)
+    assert len(whole.losses) == 8
+    assert rest.losses == whole.losses[stop:]
+    assert rest.samples == whole.samples[-len(rest.samples) :]
+    assert (tmp_path / "whole").is_dir()
+    assert trainer.global_step == 8
+
+
+def test_packing_stats_are_the_plan(meta, tokenizer, tmp_path):
+    """Fill of a step = tokens of its packs / (packs x cap), from the plan."""
+    seen = {}
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, *_):
+            seen.setdefault(batch.planned.step, []).append(batch.planned.pack)
+            if batch.planned.micro_step + 1 == batch.planned.num_micro_steps:
+                packs = seen[batch.planned.step]
+                metrics = trainer.callback_metrics
+                assert metrics["data/fill_tokens"] == pytest.approx(sum(p.tokens for p in packs) / (len(packs) * 420))
+                assert metrics["data/samples"] == sum(len(p.samples) for p in packs)
+
+    fit(meta, tokenizer, tmp_path, steps=3, callbacks=[PackingStats(), Keep()])
+    assert len(seen) == 3
+
+
+def test_stages_freeze_what_they_say(meta, tokenizer, tmp_path):
+    """After two steps of stage 1 the projector has moved, tower and language model are the same bit for bit."""
+    from ivl_lightning.stages.mlp_warmup import MLPWarmup
+
+    before = tiny.build_tiny_model(tokenizer).state_dict()
+    module = MLPWarmup(lambda: tiny.build_tiny_model(tokenizer), optim=OptimConfig(lr=1e-2, warmup_steps=0))
+    data = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, patch_size=tiny.PATCH_SIZE)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, data)
+    moved = {name for name, value in module.internvl.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("multi_modal_projector" in name for name in moved)
+    assert not module.internvl.model.vision_tower.training
+    assert module.internvl.model.multi_modal_projector.training
+
+
+def test_real_rows(tokenizer, tmp_path):
+    """Photographs, several images, text, English and Chinese, in the official format; drawn rows where there are none.
+
+    Video rows are set aside and listed, and do not count as rejected.
+    """
+    meta = REAL if REAL.is_file() else tiny.write_tiny_data(tmp_path / "data")
+    changes = {"max_tokens": 2048, "max_pack_tiles": 64, "packs_per_step": 2, "reject_limit": 0.0}
+    module = InstructionTuning(lambda: tiny.build_tiny_model(tokenizer), optim=OptimConfig(lr=1e-3))
+    data = DynamicPackingDataModule(
+        tiny.tiny_data_config(meta, max_tiles=12, **changes), tokenizer, patch_size=tiny.PATCH_SIZE
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data)
+    assert trainer.global_step >= 1
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    if meta == REAL:
+        assert dict(data.ledger.counts) == {"video_not_supported": 5}
+        assert data.ledger.counted == 0
+        assert len(data.train_corpus) == 19
