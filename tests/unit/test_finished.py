@@ -1,0 +1,115 @@
+"""When a stage is skipped, and from which weights a chain starts."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ivl_lightning.config import schema
+from ivl_lightning.config.check import ConfigError
+from ivl_lightning.launch.chain import weights_folder
+from ivl_lightning.launch.finished import Finished, check_same, deciding_settings, read_finished, weights_hash
+
+
+def config(**changes) -> schema.RunConfig:
+    settings = {
+        "seed": 0,
+        "run_dir": "RUN",
+        "stage": schema.StageConfig(_target_="x", name="mlp_warmup"),
+        "model": schema.ModelConfig(),
+        "data": schema.DataConfig(meta="m"),
+        "loss": schema.LossConfig(),
+        "optim": schema.OptimConfig(),
+        "trainer": schema.TrainerConfig(),
+        "strategy": schema.StrategyConfig(),
+    }
+    return schema.RunConfig(**{**settings, **changes})
+
+
+def finished(**changes) -> Finished:
+    settings = {
+        "stage": "mlp_warmup",
+        "settings": deciding_settings(config()),
+        "input_weights": "a",
+        "output_weights": "b",
+        "trained": ["projector"],
+        "steps": 3,
+        "loss_first": 2.0,
+        "loss_last": 1.0,
+    }
+    return Finished(**{**settings, **changes})
+
+
+def test_done_json_comes_back_as_written(tmp_path):
+    assert read_finished(tmp_path) is None
+    finished(scores={"val/loss": 1.5}).write(tmp_path)
+    assert read_finished(tmp_path) == finished(scores={"val/loss": 1.5})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_dir": "OTHER"},
+        {"trainer": schema.TrainerConfig(devices=8, progress_bar=False)},
+        {"strategy": schema.StrategyConfig(name="fsdp")},
+        {"logger": {"csv": None}},
+        {"data": schema.DataConfig(meta="m", num_workers=9, cache_dir="c")},
+    ],
+)
+def test_how_a_stage_ran_does_not_matter(changes, tmp_path):
+    """The same numbers come out on any layout, so a run finished on one is finished on another."""
+    check_same(finished(), config(**changes), "a", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed=0, this command says 1"),
+        ({"optim": schema.OptimConfig(lr=1.0)}, "optim.lr=4e-05, this command says 1.0"),
+        ({"optim": schema.OptimConfig(betas=[0.9, 0.95])}, "optim.betas=.0.9, 0.999., this command says .0.9, 0.95."),
+        ({"data": schema.DataConfig(meta="n")}, "data.meta='m', this command says 'n'"),
+    ],
+)
+def test_what_a_stage_learned_from_matters(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        check_same(finished(), config(**changes), "a", tmp_path)
+
+
+def test_other_input_weights_are_noticed(tmp_path):
+    with pytest.raises(ConfigError, match="other input weights"):
+        check_same(finished(), config(), "z", tmp_path)
+
+
+def test_weights_hash_follows_content_and_names(tmp_path):
+    with pytest.raises(ConfigError, match="holds no safetensors"):
+        weights_hash(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    first = weights_hash(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"two")
+    second = weights_hash(tmp_path)
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    assert len({first, second, weights_hash(tmp_path)}) == 3
+
+
+def test_where_weights_come_from(tmp_path: Path):
+    """A folder of weights, a stage's folder, or a run, of which the stage that finished last counts."""
+    for age, name in enumerate(("mlp_warmup", "instruction_tuning")):
+        weights = tmp_path / name / "weights"
+        weights.mkdir(parents=True)
+        (weights / "config.json").write_text("{}")
+        (tmp_path / name / "done.json").write_text(json.dumps({}))
+        os.utime(tmp_path / name / "done.json", (age, age))
+    assert weights_folder(str(tmp_path)) == tmp_path / "instruction_tuning/weights"
+    assert weights_folder(str(tmp_path / "mlp_warmup")) == tmp_path / "mlp_warmup/weights"
+    assert weights_folder(str(tmp_path / "mlp_warmup/weights")) == tmp_path / "mlp_warmup/weights"
+    with pytest.raises(ConfigError, match="neither a folder of weights nor a run"):
+        weights_folder(str(tmp_path / "nothing"))
+
+
+def test_a_changed_setting_is_found_in_both_directions(tmp_path):
+    """A setting that only the finished stage knew (an older version's) is named too."""
+    older = finished(settings={**deciding_settings(config()), "optim.gone": 1})
+    with pytest.raises(ConfigError, match="optim.gone=1, this command says None"):
+        check_same(older, replace(config()), "a", tmp_path)
