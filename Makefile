@@ -37,7 +37,7 @@ train: $(STAMP) ## set up, then train the miniature through every stage on CPU
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP) ## set up, then run the test suite
-	$(PYTEST) -n $(JOBS) $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## set up, then style, types, layers and spelling
 	@failed=; for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo" "codespell ."; do \

@@ -20,7 +20,7 @@ from ivl_lightning.data.dataset import PackDataset, PromptDataset, prompt_groups
 from ivl_lightning.data.encoding import EncoderFactory, encoder_factory, tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
 from ivl_lightning.data.plan import EpochPlan, PlanSettings, TrainingPlan, accumulation, fixed_plan
-from ivl_lightning.data.sampler import FixedSampler
+from ivl_lightning.data.sampler import FixedSampler, PlannedLoader
 from ivl_lightning.data.templates import get_template
 from ivl_lightning.structures import PackedBatch, PromptBatch
 
@@ -196,7 +196,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         )
 
     def _loader(self, dataset: Any, items: Sequence[Any], length: int | None = None) -> DataLoader[Any]:
-        return DataLoader(
+        return PlannedLoader(
             dataset,
             batch_size=None,
             sampler=FixedSampler(items, length),

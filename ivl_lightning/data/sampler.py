@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 
 class FixedSampler(DistributedSampler[Any]):
@@ -29,3 +29,18 @@ class FixedSampler(DistributedSampler[Any]):
 
     def __len__(self) -> int:
         return self.length
+
+
+class PlannedLoader(DataLoader[Any]):
+    """A loader that continues where a checkpoint stopped.
+
+    The data module keeps the position and gives a fresh loader the rest of the epoch, so there is no state here; its
+    presence tells Lightning that continuing in the middle of an epoch is safe.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: see above."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take back."""

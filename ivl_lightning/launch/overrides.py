@@ -32,8 +32,9 @@ def complete(arguments: Sequence[str], recipes: Sequence[str]) -> list[str]:
         added.append(f"recipe={values['model'] if values['model'] in recipes else 'none'}")
     if "data.meta" in values and "data.val_meta" not in values:
         added.append("data.val_meta=null")
-    # In front: Hydra takes no overrides behind its own flags.
-    return [*added, *arguments]
+    # Before the first override: Hydra takes overrides neither in front of its flags nor behind them.
+    place = next((index for index, argument in enumerate(arguments) if _is_override(argument)), len(arguments))
+    return [*arguments[:place], *added, *arguments[place:]]
 
 
 def check_keys(arguments: Sequence[str]) -> None:
@@ -49,12 +50,17 @@ def check_keys(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> list[Override]:
     """The overrides among the arguments; Hydra's own flags are left out."""
-    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    return OverridesParser.create().parse_overrides(plain)
+    return OverridesParser.create().parse_overrides([argument for argument in arguments if _is_override(argument)])
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _fault(override: Override) -> str | None:
     key = override.key_or_group
+    if key == "stage":
+        return f"stage={override.value()} is chosen by the chain: use stages=[{override.value()}]"
     if key in GROUPS or "/" in key or key.split(".")[0] == "hydra" or override.package is not None:
         return None
     path = key.split(".")

@@ -167,7 +167,7 @@ def test_wrong_settings_name_key_and_accepted_values(argument, message):
 
 
 def test_several_contradictions_are_listed_together():
-    with pytest.raises(ConfigError, match=r"packs_per_step=4 cannot be dealt to 3[\s\S]*reject_limit=2.0"):
+    with pytest.raises(ConfigError, match=r"packs_per_step=2 cannot be dealt to 3[\s\S]*reject_limit=2.0"):
         stage_config("mlp_warmup", "trainer.devices=3", "strategy=ddp", "data.reject_limit=2.0")
 
 
@@ -178,10 +178,17 @@ def test_misspelt_keys_before_hydra():
             check_keys([wrong])
 
 
+def test_the_stage_group_is_not_for_users():
+    with pytest.raises(ConfigError, match=r"use stages=\[mlp_warmup\]"):
+        check_keys(["stage=mlp_warmup"])
+
+
 def test_what_is_added_to_the_command_line():
     assert complete(["model=a", "x=1"], ["a"]) == ["recipe=a", "model=a", "x=1"]
     assert complete(["model=b"], ["a"]) == ["recipe=none", "model=b"]
     assert complete(["model=b", "recipe=a"], ["a"]) == ["model=b", "recipe=a"]
+    assert complete(["-m", "model=b"], []) == ["-m", "recipe=none", "model=b"]
+    assert complete(["model=b", "--cfg", "job"], []) == ["recipe=none", "model=b", "--cfg", "job"]
     assert complete(["data.meta=x"], []) == ["data.val_meta=null", "data.meta=x"]
     assert complete(["data.meta=x", "data.val_meta=y"], []) == ["data.meta=x", "data.val_meta=y"]
 

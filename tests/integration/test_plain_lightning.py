@@ -32,7 +32,7 @@ class Losses(Callback):
 def fit(meta, tokenizer, folder, *, steps, ckpt_path=None, callbacks=(), **changes):
     losses = Losses()
     module = InstructionTuning(
-        lambda: tiny.build_tiny_model(tokenizer), optim=OptimConfig(lr=1e-3, warmup_steps=0), generation_tokens=3
+        lambda: tiny.build_tiny_model(tokenizer), optim=OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
     )
     data = DynamicPackingDataModule(
         tiny.tiny_data_config(meta, packs_per_step=2, max_tokens=420, **changes), tokenizer, patch_size=tiny.PATCH_SIZE

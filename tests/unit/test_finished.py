@@ -111,5 +111,5 @@ def test_where_weights_come_from(tmp_path: Path):
 def test_a_changed_setting_is_found_in_both_directions(tmp_path):
     """A setting that only the finished stage knew (an older version's) is named too."""
     older = finished(settings={**deciding_settings(config()), "optim.gone": 1})
-    with pytest.raises(ConfigError, match="optim.gone=1, this command says None"):
+    with pytest.raises(ConfigError, match=r"optim.gone=1, this command says None"):
         check_same(older, replace(config()), "a", tmp_path)
