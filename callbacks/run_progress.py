@@ -73,11 +73,11 @@ class RunProgress(ProgressBar):
             self._progress.advance(self._validation)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the validation line away again; close where nothing else is running."""
+        """Take the validation line away again; close where no training goes on around it."""
         if self._progress is not None and self._validation is not None:
             self._progress.remove_task(self._validation)
             self._validation = None
-        if not trainer.training:
+        if self._train is None:
             self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -92,7 +92,7 @@ class RunProgress(ProgressBar):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _RateColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[values]}"),
         )
         self._progress = Progress(*columns)

@@ -84,7 +84,8 @@ def packed_attention(
     if dropout:
         raise ValueError(f"packed attention has no dropout, but the model asks for {dropout}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
+    # The kernels know half precision only; float32 on a device takes the exact path.
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         output = varlen_kernel()(q, k, v, cu_seq_lens_q.to(query.device), max_length_q, scaling, sliding_window)
         return output.unsqueeze(0), None

@@ -14,10 +14,12 @@ STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tunin
 SMOKE = ("experiment=miniature_smoke", "trainer.threads=1")
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+def train(*arguments: str, threads: int = 1, timeout: int = 400) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "train.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,19 @@ def test_truncation_cuts_text_at_the_cap(meta, tokenizer):
         built.train_dataloader()
 
 
+def test_a_cut_inside_an_image_rejects(meta, tokenizer):
+    """A cap right behind the last image slot of row 1 keeps the row, one token less rejects it."""
+    corpus = module(meta, tokenizer).train_corpus
+    dataset, record = corpus.locate(1)
+    ids = corpus.encoders[dataset].encode(record, None).input_ids
+    end = len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    cut = module(meta, tokenizer, max_sample_tokens=end, over_length="truncate", reject_limit=1.0).train_corpus
+    kept = {cut.locate(row)[1].id: int(cut.column("tokens")[row]) for row in range(len(cut))}
+    assert kept[record.id] == end
+    less = module(meta, tokenizer, max_sample_tokens=end - 1, over_length="truncate", reject_limit=1.0).train_corpus
+    assert record.id not in {less.locate(row)[1].id for row in range(len(less))}
+
+
 def test_the_trainer_gets_its_accumulation(meta, tokenizer):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     data = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, patch_size=tiny.PATCH_SIZE)
