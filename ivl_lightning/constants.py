@@ -35,6 +35,9 @@ SPECIAL_TOKENS = (
 RESERVED_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
 """Tokens that the trainer writes itself; in a user's text they would forge an image slot."""
 
+WEIGHTS_FOLDER = "weights"
+"""Where a stage leaves its weights, below its folder."""
+
 STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
 """Stages in the order of a chain."""
 

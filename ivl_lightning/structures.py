@@ -189,19 +189,6 @@ class PromptBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class LossOutput:
-    """A loss and the parts a user wants to see.
-
-    Attributes:
-        loss: scalar to differentiate.
-        parts: detached scalars by name.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """One generated answer beside the expected one, for scores, sample cards and the report."""
 

@@ -12,8 +12,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS_FOLDER = "weights"
-
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All parameters on the CPU of rank 0 (empty elsewhere); every rank must call it."""

@@ -14,9 +14,8 @@ from rich import print as rich_print
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import PrepareConfig, RunConfig
+from ivl_lightning.constants import WEIGHTS_FOLDER
 from ivl_lightning.launch.finished import DONE_NAME, Finished, check_same, read_finished
-
-WEIGHTS_FOLDER = "weights"
 
 
 class StageFailedError(RuntimeError):

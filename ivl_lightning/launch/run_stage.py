@@ -15,9 +15,10 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
-from ivl_lightning.checkpoints.weights import WEIGHTS_FOLDER, full_state_dict, save_weights
+from ivl_lightning.checkpoints.weights import full_state_dict, save_weights
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.constants import WEIGHTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint

@@ -6,16 +6,17 @@ of the step normaliser: docs/differences.md.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy, linear, softmax
 
+from ivl_lightning.config.schema import Normaliser
 from ivl_lightning.reweighting import REDUCTIONS
 
-NORMALISERS = ("step", "micro_batch", "micro_batch_local")
+NORMALISERS = get_args(Normaliser)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

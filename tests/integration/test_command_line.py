@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_help_and_cfg_load_no_torch(tmp_path):
         code = f"import sys; sys.argv = ['train.py', *{flag!r}]; from ivl_lightning.cli.train import main\n"
         code += "import atexit; atexit.register(lambda: print('TORCH', 'torch' in sys.modules))\nmain()"
         start = time.monotonic()
-        result = subprocess.run(["python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         assert "TORCH False" in result.stdout
         assert "mlp_warmup" in result.stdout
@@ -116,7 +117,7 @@ def test_another_project_composes_our_groups(tmp_path):
         "    print(data.meta, data.max_tokens, optim.lr)\n"
         "main()\n"
     )
-    command = ["python", "app.py", "optim.lr=3e-5"]
+    command = [sys.executable, "app.py", "optim.lr=3e-5"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "/data/meta.json 16384 3e-05", result.stderr
 
