@@ -80,8 +80,16 @@ class DynamicPackingDataModule(L.LightningDataModule):
         Raises:
             ValueError: a wrong meta file, too many rejects, nothing to train on, or ranks that do not divide a step.
         """
-        if self.train_corpus is not None:
-            return
+        if self.train_corpus is None:
+            self._measure()
+        if self.trainer is not None:
+            self.reduction = getattr(self.trainer.lightning_module, "reduction", self.reduction)
+            if stage == "fit":
+                self._set_up_trainer(self.trainer)
+        self._plan, self._epoch_plan = self._make_plan(), None
+
+    def _measure(self) -> None:
+        """Read the rows, list those that cannot be used, hold back those of validation."""
         train, validation = self._read_corpora(progress=self.config.cache_dir is None)
         self._open_ledger([corpus for corpus in (train, validation) if corpus is not None])
         if self.config.val_rows:
@@ -89,11 +97,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
             validation = held_back.measured_again(self._encoder(training=False))
             self.ledger.add(validation.rejects, write=self._rank == 0)
         self.train_corpus, self.val_corpus = train, validation
-        if self.trainer is not None:
-            self.reduction = getattr(self.trainer.lightning_module, "reduction", self.reduction)
-            if stage == "fit":
-                self._set_up_trainer(self.trainer)
-        self._plan = self._make_plan()
 
     def _read_corpora(self, *, progress: bool) -> tuple[Corpus, Corpus | None]:
         cache = None if self.config.cache_dir is None else Path(self.config.cache_dir).expanduser()

@@ -79,7 +79,8 @@ class SupervisedStage(L.LightningModule):
         self.sharding = sharding or StrategyConfig()
         self.root: InternVLWithLoss | None = None
         self.val_loss = MeanMetric()
-        self.val_scores = nn.ModuleDict()
+        self.val_scores = nn.ModuleList()
+        self._score_names: list[str] = []
         self.progress = 0.0
         self._step_sum: Tensor | None = None
 
@@ -130,8 +131,10 @@ class SupervisedStage(L.LightningModule):
         """One score per dataset whose validation rows are answered, on every rank."""
         names = getattr(getattr(self.trainer, "datamodule", None), "answered_datasets", ())
         for name in names:
-            if name not in self.val_scores:
-                self.val_scores[name] = ExactMatch()
+            if name not in self._score_names:
+                # In a list: a dataset's name may hold a point, a module's may not.
+                self._score_names.append(name)
+                self.val_scores.append(ExactMatch())
 
     def on_fit_start(self) -> None:
         """Show what trains."""
@@ -209,6 +212,12 @@ class SupervisedStage(L.LightningModule):
 
     # -- validation -----------------------------------------------------------------------------------------------
 
+    def on_validation_epoch_start(self) -> None:
+        """Count anew. Here and not at the end: `validate` and `fit` keep tensors of different kinds."""
+        self.val_loss.reset()
+        for metric in self._scores.values():
+            metric.reset()
+
     def validation_step(
         self, batch: PackedBatch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, list[Answer]] | None:
@@ -226,7 +235,8 @@ class SupervisedStage(L.LightningModule):
 
     @property
     def _scores(self) -> dict[str, ExactMatch]:
-        return {name: metric for name, metric in self.val_scores.items() if isinstance(metric, ExactMatch)}
+        scores = zip(self._score_names, self.val_scores, strict=True)
+        return {name: metric for name, metric in scores if isinstance(metric, ExactMatch)}
 
     def _answer(self, batch: PromptBatch) -> list[Answer]:
         assert self.root is not None
@@ -244,14 +254,11 @@ class SupervisedStage(L.LightningModule):
         """Log the loss, each dataset's score and their mean."""
         # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
         self.log("val/loss", self.val_loss.compute(), sync_dist=True)
-        self.val_loss.reset()
         scores = {name: metric.compute() for name, metric in self._scores.items()}
         for name, score in scores.items():
             self.log(f"val/exact_match/{name}", score, sync_dist=True)
         if scores:
             self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
-        for metric in self._scores.values():
-            metric.reset()
 
 
 def _chosen(own: float | None, common: float) -> float:

@@ -85,6 +85,23 @@ def test_resumed_equals_never_stopped(meta, tokenizer, tmp_path, stop):
     assert trainer.global_step == 8
 
 
+def test_validating_before_training(tokenizer, tmp_path):
+    """The same module and data in another order; a dataset's name may hold a point; a score per dataset."""
+    meta = tiny.write_tiny_data(tmp_path / "data")
+    meta.write_text(meta.read_text().replace('"text"', '"text.v1"'))
+    module = InstructionTuning(lambda: tiny.build_tiny_model(tokenizer), generation_tokens=3)
+    config = tiny.tiny_data_config(meta, packs_per_step=2, val_rows=8)
+    data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    before = trainer.validate(module, data, verbose=False)[0]
+    assert {"val/loss", "val/exact_match", "val/exact_match/text.v1"} <= set(before)
+    trainer.fit(module, data)
+    assert trainer.accumulate_grad_batches == 2
+    assert trainer.global_step == 1
+
+
 def test_packing_stats_are_the_plan(meta, tokenizer, tmp_path):
     """Fill of a step = tokens of its packs / (packs x cap), from the plan."""
     seen = {}
