@@ -49,18 +49,25 @@ def run(composed: DictConfig) -> None:
 
     run_dir = job_folder(composed.run_dir)
     arguments = [*HydraConfig.get().overrides.task, *_search_path()]
-    _write_command(run_dir)
     names = stage_names(composed.stages, list(composed.recipe.stages))
     configs = {name: compose_stage(name, arguments, run_dir=run_dir) for name in names}
+    _write_command(run_dir)
     try:
         results = run_chain(configs)
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
+        _report(run_dir)
         sys.exit(error.code)
-    from ivl_lightning.reporting.report import write_report
     from ivl_lightning.reporting.table import print_stage_table
 
     print_stage_table(results)
+    _report(run_dir)
+
+
+def _report(run_dir: str) -> None:
+    """Written after a failure too: it shows how far the chain came."""
+    from ivl_lightning.reporting.report import write_report
+
     print(f"report: {write_report(run_dir)}")
 
 

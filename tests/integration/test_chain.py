@@ -88,4 +88,5 @@ def test_a_failing_stage_stops_the_chain_with_its_own_error(run, tmp_path):
     assert "/not/there/meta.json" in result.stderr
     assert "stage vit_incremental failed with exit code 1; later stages were not started" in result.stderr
     assert "Traceback" not in result.stderr
+    assert f"report: {folder}/report.html" in result.stdout
     assert "Traceback" in (folder / "vit_incremental/error.log").read_text()
