@@ -44,7 +44,7 @@ def pack_samples(
     rows: list[int] = []
     weights: list[float] = []
     datasets: list[int] = []
-    for (_, own), start, dataset in zip(documents, starts, [*dataset_ids] or [0], strict=False):
+    for (_, own), start, dataset in zip(documents, starts[:-1], [*dataset_ids] or [0], strict=True):
         trained = [start + position - 1 for position in range(1, len(own)) if own[position] != IGNORE_INDEX]
         rows += trained
         weights += [label_weight(len(trained), reduction)] * len(trained)

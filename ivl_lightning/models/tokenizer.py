@@ -171,7 +171,7 @@ def _has_dummy_prefix(file: Path) -> bool:
     Raises:
         ValueError: the model rewrites text in a way that the fast tokenizer does not repeat.
     """
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
     model.ParseFromString(file.read_bytes())
     rule = model.normalizer_spec
     if rule.precompiled_charsmap or rule.remove_extra_whitespaces:

@@ -5,38 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from tests import tiny
-from tests.integration.test_chain import ROOT, train
+from tests.commands import ROOT, command, environment, own_arguments, train
 
 STEPS = 12
-
-
-def arguments(folder: Path) -> list[str]:
-    tokenizer = tiny.load_tiny_tokenizer()
-    tiny.build_tiny_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    meta = tiny.write_tiny_data(folder / "data")
-    return [
-        "model=custom",
-        f"model.path={folder}/model",
-        f"data.meta={meta}",
-        "data.tile_size=32",
-        "data.max_tokens=420",
-        "data.max_pack_tiles=16",
-        "data.num_workers=0",
-        "data.packs_per_step=2",
-        "stages=[instruction_tuning]",
-        "stage.drop_path_rate=0.0",
-        "trainer.accelerator=cpu",
-        "trainer.threads=1",
-        f"trainer.max_steps={STEPS}",
-        "trainer.checkpoint_every_n_steps=1",
-        "logger.csv.flush_logs_every_n_steps=1",
-    ]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -50,13 +24,17 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_killed_and_started_again(tmp_path):
     """Losses of every step equal those of a run that was never killed; the second start does not begin at step 0."""
-    options = arguments(tmp_path)
+    options = [
+        *own_arguments(tmp_path, steps=STEPS),
+        "stage.drop_path_rate=0.0",
+        "trainer.checkpoint_every_n_steps=1",
+        "logger.csv.flush_logs_every_n_steps=1",
+    ]
     killed = tmp_path / "killed"
-    command = [sys.executable, "train.py", *options, f"run_dir={killed}"]
     process = subprocess.Popen(
-        command,
+        command(*options, f"run_dir={killed}"),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,25 +1,14 @@
 """`python train.py`, shortened: every stage of the miniature, the table, the report, skipping, failing."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
+from ivl_lightning.constants import STAGES
+from tests.commands import train
+
 SMOKE = ("experiment=miniature_smoke", "trainer.threads=1")
-
-
-def train(*arguments: str, threads: int = 1, timeout: int = 400) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 @pytest.fixture(scope="module")

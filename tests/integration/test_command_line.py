@@ -8,35 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.integration.test_chain import train
+from tests.commands import own_arguments, train
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A folder with a small model that transformers wrote, and a data set; the arguments that train on them."""
-    folder = tmp_path_factory.mktemp("own")
-    tokenizer = tiny.load_tiny_tokenizer()
-    model = tiny.build_tiny_model(tokenizer)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    meta = tiny.write_tiny_data(folder / "data")
-    return [
-        "model=custom",
-        f"model.path={folder}/model",
-        f"data.meta={meta}",
-        "data.tile_size=32",
-        "data.max_tokens=420",
-        "data.max_pack_tiles=16",
-        "data.val_rows=4",
-        "data.num_workers=0",
-        "data.packs_per_step=2",
-        "stages=[2]",
-        "trainer.accelerator=cpu",
-        "trainer.max_steps=1",
-        "trainer.threads=1",
-        "stage.generation_tokens=3",
-    ]
+    """Arguments that train one step on a model and data of one's own, with rows held back."""
+    return [*own_arguments(tmp_path_factory.mktemp("own"), steps=1), "data.val_rows=4"]
 
 
 def test_a_multirun_with_wandb_offline(own, tmp_path):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.integration.test_chain import STAGES, train
+from ivl_lightning.constants import STAGES
+from tests.commands import train
 
 pytestmark = pytest.mark.soak
 

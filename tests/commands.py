@@ -1,0 +1,55 @@
+"""Running the command line on a small model and data of one's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "train.py", *arguments]
+
+
+def train(*arguments: str, threads: int = 1, timeout: int = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(threads),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def own_arguments(folder: Path, *, steps: int) -> list[str]:
+    """Write a model as transformers does, and a data set; the arguments of stage 2 on them."""
+    tokenizer = tiny.load_tiny_tokenizer()
+    tiny.build_tiny_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    meta = tiny.write_tiny_data(folder / "data")
+    return [
+        "model=custom",
+        f"model.path={folder}/model",
+        f"data.meta={meta}",
+        f"data.tile_size={tiny.TILE_SIZE}",
+        "data.max_tokens=420",
+        "data.max_pack_tiles=16",
+        "data.num_workers=0",
+        "data.packs_per_step=2",
+        "stages=[2]",
+        "stage.generation_tokens=3",
+        "trainer.accelerator=cpu",
+        "trainer.threads=1",
+        f"trainer.max_steps={steps}",
+    ]
