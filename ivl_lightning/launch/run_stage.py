@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ivl_lightning.constants import WEIGHTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
-from ivl_lightning.models.build import build_config, build_model, check_shapes, load_model
+from ivl_lightning.models.build import build_config, build_model
 from ivl_lightning.models.parts import patch_size, tile_size
 from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
 from ivl_lightning.stages.supervised import SupervisedStage
@@ -195,8 +195,4 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Superv
 
 def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
     """The network a stage starts from: the weights of `init_from`, or what `model` describes."""
-    if config.init_from is None:
-        return build_model(config.model, tokenizer)
-    model = load_model(config.init_from, dtype=getattr(torch, config.model.dtype), attention=config.model.attention)
-    check_shapes(model, config.model)
-    return model
+    return build_model(replace(config.model, path=config.init_from or config.model.path), tokenizer)
