@@ -52,13 +52,17 @@ class Corpus:
         """A column of all rows, `[n]`."""
         return np.concatenate([index.columns[name] for index in self.indexes])
 
+    def dataset_of(self, row: int) -> int:
+        """Number of the dataset a row belongs to."""
+        return int(np.searchsorted(np.cumsum(self.sizes), row, side="right"))
+
     def locate(self, row: int) -> tuple[int, Record]:
         """Dataset number and record of a row.
 
         Raises:
             RowError: the annotation file no longer holds that row.
         """
-        dataset = int(np.searchsorted(np.cumsum(self.sizes), row, side="right"))
+        dataset = self.dataset_of(row)
         columns = self.indexes[dataset].columns
         local = row - sum(self.sizes[:dataset])
         spec = self.encoders[dataset].spec

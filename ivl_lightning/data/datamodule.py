@@ -60,6 +60,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.tile_tokens = tokens_per_tile(config.tile_size, patch_size, downsample_ratio)
         self.reduction = "square"
         self.ledger = Ledger(None)
+        self._num_rows = 0
         self.train_corpus: Corpus | None = None
         self.val_corpus: Corpus | None = None
         self._plan: TrainingPlan | None = None
@@ -109,12 +110,13 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return train, validation
 
     def _open_ledger(self, corpora: Sequence[Corpus]) -> None:
-        rejects = [line for corpus in corpora for line in dict.fromkeys(corpus.rejects)]
+        rejects = [line for corpus in corpora for line in corpus.rejects]
         folder = None if self.trainer is None else Path(self.trainer.default_root_dir)
         self.ledger = Ledger(None if folder is None else folder / LEDGER_NAME)
         # Every rank counts, so that all stop together; the first one writes.
         self.ledger.add(rejects, write=self._rank == 0)
-        self.ledger.check(sum(map(len, corpora)) + self.ledger.counted, self.config.reject_limit, rejects)
+        self._num_rows = sum(map(len, corpora)) + self.ledger.counted
+        self.ledger.check(self._num_rows, self.config.reject_limit, rejects)
 
     def _set_up_trainer(self, trainer: L.Trainer) -> None:
         steps = accumulation(self.config.packs_per_step, self._world_size)
@@ -229,9 +231,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         finished = planned.micro_step + 1 == planned.num_micro_steps
         self._position = {"epoch": planned.epoch, "step": planned.step + finished}
         if batch.rejects:
-            assert self.train_corpus is not None
             self.ledger.add(batch.rejects)
-            self.ledger.check(len(self.train_corpus), self.config.reject_limit, batch.rejects)
+            self.ledger.check(self._num_rows, self.config.reject_limit, batch.rejects)
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the plan: the epoch and the step that comes next. A few bytes."""
@@ -256,7 +257,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         corpus = self.val_corpus
         if corpus is None or len(corpus) == 0:
             return ()
-        numbers = {corpus.locate(row)[0] for row in generation_rows(corpus, self.config.generation_rows)}
+        numbers = {corpus.dataset_of(row) for row in generation_rows(corpus, self.config.generation_rows)}
         return tuple(corpus.specs[number].name for number in sorted(numbers))
 
     def media_path(self, dataset: str, path: str) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +63,8 @@ def build_index(encoder: RowEncoder, *, cache_dir: Path | None = None, progress:
     """
     if cache_dir is None:
         return _measure(encoder, progress)
-    path = cache_dir / f"{encoder.spec.name}-{_key(encoder)}.parquet"
+    # A dataset's name may hold anything; the file stays in the folder.
+    path = cache_dir / f"{quote(encoder.spec.name, safe='')}-{_key(encoder)}.parquet"
     if path.is_file():
         return _read(path, encoder.spec.name)
     index = _measure(encoder, progress)
@@ -93,11 +95,13 @@ def _measure(encoder: RowEncoder, progress: bool) -> DatasetIndex:
 
 
 def _key(encoder: RowEncoder) -> str:
-    """Hash of all that decides an index: annotation bytes, root, tokenizer, settings."""
+    """Hash of all that decides an index: annotation file and bytes, root, tokenizer, settings."""
     with Path(encoder.spec.annotation).open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     parts = {
         "version": _VERSION,
+        # Rejects name their file, so the same content elsewhere is another index.
+        "file": str(encoder.spec.annotation),
         "annotation": content,
         "max_dynamic_patch": encoder.spec.max_dynamic_patch,
         "reader": asdict(encoder.reader),

@@ -31,16 +31,20 @@ class Ledger:
         self.path = path
         self.counts: Counter[str] = Counter()
         self.counted = 0
+        self._known: set[Reject] = set()
         self._written = _read_lines(path)
 
     def add(self, rejects: Iterable[Reject], *, write: bool = True) -> None:
-        """Count, and write what the file does not hold yet (a resumed run finds the same rejects again).
+        """Count rows not counted yet, and write what the file does not hold yet.
+
+        A row that breaks in every epoch is one row; a resumed run finds the same rejects again.
 
         Args:
             rejects: rows not used.
             write: false where another rank writes the same rows.
         """
-        rejects = list(rejects)
+        rejects = [line for line in dict.fromkeys(rejects) if line not in self._known]
+        self._known.update(rejects)
         self.counts.update(line.reason for line in rejects)
         self.counted += sum(line.counted for line in rejects)
         rejects = [line for line in rejects if line not in self._written]

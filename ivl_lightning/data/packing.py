@@ -55,7 +55,6 @@ class PackPlanner:
         self.cost = cost
         self._next = 0
         self._pool: list[int] = []
-        self._window: list[tuple[int, ...]] = []
         self._ready: list[tuple[int, ...]] = []
         self._rng = np.random.default_rng(seed)
 
@@ -75,8 +74,7 @@ class PackPlanner:
                 yield self._as_pack(samples, tokens, tiles)
             if self._exhausted(tokens):
                 return
-            self._fill_window(tokens, tiles)
-            self._deal_window(tokens, tiles)
+            self._deal(self._gather_window(tokens, tiles), tokens, tiles)
 
     def state_dict(self) -> dict[str, Any]:
         """Position, pool, packs planned but not given, and the generator: plain numbers and lists."""
@@ -91,21 +89,22 @@ class PackPlanner:
         """Continue from `state_dict`."""
         self._next = state["next"]
         self._pool = list(state["pool"])
-        self._window = []
         self._ready = [tuple(samples) for samples in state["ready"]]
         self._rng.bit_generator.state = state["rng"]
 
     def _exhausted(self, tokens: Sequence[int]) -> bool:
         return not self._pool and self._next >= len(tokens)
 
-    def _fill_window(self, tokens: Sequence[int], tiles: Sequence[int]) -> None:
+    def _gather_window(self, tokens: Sequence[int], tiles: Sequence[int]) -> list[tuple[int, ...]]:
         # Groups of one are of like cost by themselves: packs then pass in the order in which they were filled.
         size = 1 if self.world_size == 1 else WINDOW_GROUPS * self.world_size
-        while len(self._window) < size:
+        window: list[tuple[int, ...]] = []
+        while len(window) < size:
             self._fill_pool(tokens, tiles)
             if not self._pool:
-                return
-            self._window.append(self._take_pack(tokens, tiles))
+                break
+            window.append(self._take_pack(tokens, tiles))
+        return window
 
     def _fill_pool(self, tokens: Sequence[int], tiles: Sequence[int]) -> None:
         while len(self._pool) < self.pool_size and self._next < len(tokens):
@@ -132,11 +131,9 @@ class PackPlanner:
         self._pool = left
         return tuple(taken)
 
-    def _deal_window(self, tokens: Sequence[int], tiles: Sequence[int]) -> None:
+    def _deal(self, packs: list[tuple[int, ...]], tokens: Sequence[int], tiles: Sequence[int]) -> None:
         """Sort by cost, cut into groups, shuffle the groups; a short last group stays last."""
-        packs = self._window
-        self._window = []
-        packs.sort(key=lambda samples: self.pack_cost(samples, tokens, tiles))
+        packs = sorted(packs, key=lambda samples: self.pack_cost(samples, tokens, tiles))
         groups = [packs[start : start + self.world_size] for start in range(0, len(packs), self.world_size)]
         full = [group for group in groups if len(group) == self.world_size]
         short = [group for group in groups if len(group) < self.world_size]

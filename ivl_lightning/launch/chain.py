@@ -15,7 +15,14 @@ from rich import print as rich_print
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import PrepareConfig, RunConfig
 from ivl_lightning.constants import WEIGHTS_FOLDER
-from ivl_lightning.launch.finished import DONE_NAME, Finished, check_same, read_finished
+from ivl_lightning.launch.finished import (
+    DONE_NAME,
+    Finished,
+    check_same,
+    check_same_settings,
+    deciding_settings,
+    read_finished,
+)
 
 
 class StageFailedError(RuntimeError):
@@ -80,7 +87,8 @@ def weights_folder(source: str) -> Path:
 
 def _run_or_skip(name: str, config: RunConfig) -> Finished:
     # Imported late: composing and checking a chain must not wait for torch.
-    from ivl_lightning.launch.run_stage import input_hash, write_config
+    from ivl_lightning.launch.run_stage import input_hash, read_config, write_config
+    from ivl_lightning.launch.trainer import newest_checkpoint
 
     folder = stage_folder(config, name)
     finished = read_finished(folder)
@@ -88,6 +96,8 @@ def _run_or_skip(name: str, config: RunConfig) -> Finished:
         check_same(finished, config, input_hash(config), folder)
         rich_print(f"[bold]{name}[/bold] is finished, skipped")
         return finished
+    if newest_checkpoint(folder) is not None:
+        check_same_settings(deciding_settings(read_config(folder)), config, folder, "begun")
     if config.data.prepare is not None:
         prepare(config.data.prepare)
     write_config(config, folder)

@@ -13,7 +13,7 @@ from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.config.validate import validate
 from ivl_lightning.constants import STAGES
-from ivl_lightning.launch.overrides import flatten
+from ivl_lightning.launch.overrides import flatten, literal
 
 ALIASES = {"1": "mlp_warmup", "1.5": "vit_incremental", "2": "instruction_tuning"}
 
@@ -48,7 +48,7 @@ def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str) -> RunCo
     Raises:
         ConfigError: misspelt or missing settings, wrong types, contradictions.
     """
-    fixed = [f"stage={name}", f"run_dir='{run_dir}'"]
+    fixed = [f"stage={name}", f"run_dir={literal(run_dir)}"]
     base = compose("train", overrides=[*arguments, *fixed])
     recipe = OmegaConf.to_container(base.recipe, resolve=False)
     assert isinstance(recipe, dict)

@@ -87,14 +87,28 @@ def check_same(finished: Finished, config: RunConfig, input_weights: str, folder
     Raises:
         ConfigError: names the first setting that differs, with both values.
     """
-    here = deciding_settings(config)
-    remedy = f"Use another run_dir, or delete {folder} to train the stage again"
-    for key in [*here, *(key for key in finished.settings if key not in here)]:
-        then, now = finished.settings.get(key), here.get(key)
-        if then != now:
-            raise ConfigError(f"{folder} was finished with {key}={then!r}, this command says {now!r}. {remedy}")
+    check_same_settings(finished.settings, config, folder, "finished")
     if finished.input_weights != input_weights:
-        raise ConfigError(f"{folder} was finished from other input weights than there are now. {remedy}")
+        raise ConfigError(f"{folder} was finished from other input weights than there are now. {_remedy(folder)}")
+
+
+def check_same_settings(then: Mapping[str, Any], config: RunConfig, folder: Path, state: str) -> None:
+    """The settings a stage was begun or finished with must be this command's.
+
+    Raises:
+        ConfigError: names the first setting that differs, with both values.
+    """
+    now = deciding_settings(config)
+    for key in [*now, *(key for key in then if key not in now)]:
+        if then.get(key) != now.get(key):
+            raise ConfigError(
+                f"{folder} was {state} with {key}={then.get(key)!r}, this command says {now.get(key)!r}. "
+                f"{_remedy(folder)}"
+            )
+
+
+def _remedy(folder: Path) -> str:
+    return f"Use another run_dir, or delete {folder} to train the stage again"
 
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:

@@ -49,6 +49,9 @@ def test_killed_and_started_again(tmp_path):
     process.wait()
     assert not (killed / "instruction_tuning/done.json").exists()
 
+    other = train(*options, f"run_dir={killed}", "optim.lr=0.5")
+    assert other.returncode == 1
+    assert "was begun with optim.lr=4e-05, this command says 0.5" in other.stderr.replace("\n", " ")
     again = train(*options, f"run_dir={killed}")
     assert again.returncode == 0, again.stderr[-3000:]
     whole = train(*options, f"run_dir={tmp_path}/whole")
