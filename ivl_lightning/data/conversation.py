@@ -15,7 +15,7 @@ from ivl_lightning.constants import (
 )
 from ivl_lightning.data.templates import Template, get_template
 from ivl_lightning.data.turns import parse_turns, place_images
-from ivl_lightning.models.tokenizer import image_token_id, prompt_start_ids
+from ivl_lightning.models.tokenizer import image_token_id, prompt_start_ids, text_ids
 from ivl_lightning.structures import RowError, Turn
 
 _IMAGE_SLOT = IMAGE_START_TOKEN + IMAGE_CONTEXT_TOKEN + IMAGE_END_TOKEN
@@ -29,6 +29,32 @@ class _Piece:
     trained: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """A conversation with one context token for each image or frame, whatever its size.
+
+    Attributes:
+        input_ids, labels: of equal length; `IGNORE_INDEX` where nothing is trained.
+        slots: positions of the context tokens, one per image or frame.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    slots: tuple[int, ...]
+
+    def expanded(self, counts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels with `counts[i]` context tokens for image i.
+
+        The context token is a special token, so repeating its id gives the ids of the long text.
+        """
+        assert len(counts) == len(self.slots), (counts, self.slots)
+        input_ids, labels = list(self.input_ids), list(self.labels)
+        for position, count in reversed(list(zip(self.slots, counts, strict=True))):
+            input_ids[position : position + 1] = [input_ids[position]] * count
+            labels[position : position + 1] = [IGNORE_INDEX] * count
+        return input_ids, labels
+
+
 def encode_row(
     row: Mapping[str, object],
     tokenizer: PreTrainedTokenizerBase,
@@ -38,15 +64,6 @@ def encode_row(
     image_labels: ImageLabels = "keep",
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a whole conversation, uncut and unpadded.
-
-    The ids are those of the original's `preprocess_*` functions (InternVL `dataset.py`). Each image is one `<img>`, its
-    context tokens and one `</img>`. Trained are the text and the end marker of each answer, and nothing else: not the
-    header, not the newline after the end marker. A token that reaches from the header into the answer counts as header.
-
-    Labels differ from the original on purpose where it finds the answers of the older templates by tokenizing pieces
-    again and counting: when the count fails (a chat marker inside a text is enough) it drops all labels of the sample
-    and only prints a warning. Here the answers are found by character position, which cannot fail. An empty answer
-    trains its end marker with `internvl2_5`; the older templates write no end marker for it, so nothing is trained.
 
     Args:
         row: the row as in the JSONL.
@@ -59,15 +76,50 @@ def encode_row(
         `input_ids` and `labels` of equal length, `IGNORE_INDEX` where nothing is trained.
 
     Raises:
+        RowError: as `tokenize_row`.
+        ValueError: as `tokenize_row`, or `num_image_tokens` contradicts the row.
+    """
+    counts = _image_counts(num_image_tokens)
+    return tokenize_row(
+        row, tokenizer, template=template, num_images=len(counts), image_labels=image_labels
+    ).expanded(counts)
+
+
+def tokenize_row(
+    row: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "internvl2_5",
+    num_images: int = 0,
+    image_labels: ImageLabels = "keep",
+) -> TokenizedRow:
+    """A whole conversation before the sizes of its images are known.
+
+    The ids are those of the original's `preprocess_*` functions (InternVL `dataset.py`). Each image is one `<img>`, its
+    context tokens and one `</img>`. Trained are the text and the end marker of each answer, and nothing else: not the
+    header, not the newline after the end marker. A token that reaches from the header into the answer counts as header.
+
+    Labels differ from the original on purpose where it finds the answers of the older templates by tokenizing pieces
+    again and counting: when the count fails (a chat marker inside a text is enough) it drops all labels of the sample
+    and only prints a warning. Here the answers are found by character position, which cannot fail. An empty answer
+    trains its end marker with `internvl2_5`; the older templates write no end marker for it, so nothing is trained.
+
+    Args:
+        row: as for `encode_row`.
+        tokenizer: as for `encode_row`.
+        template: as for `encode_row`.
+        num_images: images of the row, or frames of its video.
+        image_labels: as for `encode_row`.
+
+    Raises:
         RowError: the row cannot be used; reasons as in `parse_turns` and `place_images`, and `system_turn` if the
             template has no place for a system turn.
-        ValueError: the template or tokenizer does not fit, or `num_image_tokens` contradicts the row.
+        ValueError: the template or tokenizer does not fit, or `num_images` contradicts the row.
     """
     chat = get_template(template)
-    counts = _image_counts(num_image_tokens)
-    turns = place_images(row, parse_turns(row), len(counts), image_labels)
+    turns = place_images(row, parse_turns(row), num_images, image_labels)
     blocks = [_turn_pieces(turn, chat) for turn in _with_system(turns, chat)]
-    return _encode(_join_blocks(blocks, chat), tokenizer, counts)
+    return _tokenize(_join_blocks(blocks, chat), tokenizer)
 
 
 def encode_prompt(
@@ -78,31 +130,50 @@ def encode_prompt(
     num_image_tokens: Sequence[int] | int = (),
     image_labels: ImageLabels = "keep",
 ) -> list[int]:
-    """Token ids up to and including the header of the last answer: what generation starts from.
+    """Token ids of `tokenize_prompt` with the context tokens of each image; arguments as for `encode_row`.
 
-    The answer itself, if the row ends with one, is not looked at. The ids are a prefix of `encode_row`'s, except where
-    the tokenizer melts blanks at the start of the answer with the header's newline (an answer that begins with a
+    Raises:
+        RowError: as `tokenize_row`.
+        ValueError: as `encode_row`.
+    """
+    counts = _image_counts(num_image_tokens)
+    return tokenize_prompt(
+        row, tokenizer, template=template, num_images=len(counts), image_labels=image_labels
+    ).expanded(counts)[0]
+
+
+def tokenize_prompt(
+    row: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "internvl2_5",
+    num_images: int = 0,
+    image_labels: ImageLabels = "keep",
+) -> TokenizedRow:
+    """The conversation up to and including the header of the last answer: what generation starts from.
+
+    The answer itself, if the row ends with one, is not looked at. The ids are a prefix of `tokenize_row`'s, except
+    where the tokenizer melts blanks at the start of the answer with the header's newline (an answer that begins with a
     newline), which cannot be known before the answer is.
 
     Args:
         row: as for `encode_row`; it may end with the question.
         tokenizer: as for `encode_row`.
         template: as for `encode_row`.
-        num_image_tokens: as for `encode_row`.
+        num_images: as for `tokenize_row`.
         image_labels: as for `encode_row`.
 
     Raises:
-        RowError: as `encode_row`.
-        ValueError: as `encode_row`.
+        RowError: as `tokenize_row`.
+        ValueError: as `tokenize_row`.
     """
     chat = get_template(template)
-    counts = _image_counts(num_image_tokens)
     turns = parse_turns(row, answered=False)
     asked = turns[:-1] if turns[-1].role == "gpt" else turns
-    placed = place_images(row, asked, len(counts), image_labels)
+    placed = place_images(row, asked, num_images, image_labels)
     blocks = [_turn_pieces(turn, chat) for turn in _with_system(placed, chat)]
     blocks.append([_Piece(chat.answer_header)])
-    return _encode(_join_blocks(blocks, chat), tokenizer, counts)[0]
+    return _tokenize(_join_blocks(blocks, chat), tokenizer)
 
 
 def _image_counts(num_image_tokens: Sequence[int] | int) -> tuple[int, ...]:
@@ -139,19 +210,21 @@ def _join_blocks(blocks: list[list[_Piece]], chat: Template) -> list[list[_Piece
     return blocks if chat.per_turn else [[piece for block in blocks for piece in block]]
 
 
-def _encode(
-    blocks: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase, counts: tuple[int, ...]
-) -> tuple[list[int], list[int]]:
+def _tokenize(blocks: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase) -> TokenizedRow:
     texts = ["".join(piece.text for piece in block) for block in blocks]
-    input_ids = prompt_start_ids(tokenizer, texts[0])
-    # Offsets tell which characters a token covers; `verbose` would warn of lengths that packing takes care of.
-    tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    input_ids = list(prompt_start_ids(tokenizer, texts[0]))
     labels = [IGNORE_INDEX] * len(input_ids)
-    for block, ids, offsets in zip(blocks, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        trained = _trained_characters(block)
+    for block, text in zip(blocks, texts, strict=True):
+        ids, starts = text_ids(tokenizer, text)
         input_ids += ids
-        labels += [i if trained[start] else IGNORE_INDEX for i, (start, _) in zip(ids, offsets, strict=True)]
-    return _expand_images(input_ids, labels, tokenizer, counts) if counts else (input_ids, labels)
+        if not any(piece.trained for piece in block):
+            labels += [IGNORE_INDEX] * len(ids)
+            continue
+        trained = _trained_characters(block)
+        labels += [token if trained[start] else IGNORE_INDEX for token, start in zip(ids, starts, strict=True)]
+    slot = image_token_id(tokenizer)
+    slots = tuple(position for position, token in enumerate(input_ids) if token == slot)
+    return TokenizedRow(input_ids, labels, slots)
 
 
 def _trained_characters(block: Iterable[_Piece]) -> bytearray:
@@ -160,16 +233,3 @@ def _trained_characters(block: Iterable[_Piece]) -> bytearray:
     for piece in block:
         flags.extend([piece.trained] * len(piece.text))
     return flags + b"\0"
-
-
-def _expand_images(
-    input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, counts: tuple[int, ...]
-) -> tuple[list[int], list[int]]:
-    # The context token is a special token, so tokenizing one and repeating its id gives the ids of the long text.
-    slot = image_token_id(tokenizer)
-    positions = [position for position, token in enumerate(input_ids) if token == slot]
-    assert len(positions) == len(counts)
-    for position, count in reversed(list(zip(positions, counts, strict=True))):
-        input_ids[position : position + 1] = [slot] * count
-        labels[position : position + 1] = [IGNORE_INDEX] * count
-    return input_ids, labels

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
@@ -14,6 +15,8 @@ from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN, SPECIAL_TOKENS
 _QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+_SHORT_TEXT = 160
+"""Characters of the longest text whose ids are remembered."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -83,15 +86,49 @@ def prompt_start_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[in
         ValueError: the tokenizer is a slow one.
     """
     backend = _backend(tokenizer)
-    # Asking the tokenizer is safer than its `add_bos_token` flag, which files written by a fast tokenizer do not hold.
-    bos = tokenizer("")["input_ids"][:1]
-    start_ids = list(bos) if bos == [tokenizer.bos_token_id] else []
+    start_ids = list(_bos_ids(tokenizer))
     splitter = backend.pre_tokenizer
     if isinstance(splitter, pre_tokenizers.Metaspace) and splitter.prepend_scheme == "first":
         unlisted = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
         if prompt.startswith(tuple(unlisted)):
             start_ids += backend.encode(splitter.replacement, add_special_tokens=False).ids
     return start_ids
+
+
+@lru_cache(maxsize=8)
+def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    # Asking the tokenizer is safer than its `add_bos_token` flag, which files written by a fast tokenizer do not hold.
+    bos = tokenizer("")["input_ids"][:1]
+    return tuple(bos) if bos == [tokenizer.bos_token_id] else ()
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Ids of a stretch of text, uncut and without BOS, and the character at which each begins.
+
+    Short texts come back often (the default system turn stands in every row) and are remembered.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    if len(text) > _SHORT_TEXT:
+        return _encode_text(tokenizer, text)
+    # Adding tokens changes what a text becomes; the vocabulary's size tells.
+    return _remembered(tokenizer, _backend(tokenizer).get_vocab_size(), text)
+
+
+@lru_cache(maxsize=256)
+def _remembered(tokenizer: PreTrainedTokenizerBase, vocabulary: int, text: str) -> tuple[list[int], list[int]]:
+    return _encode_text(tokenizer, text)
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    backend = _backend(tokenizer)
+    # Files may bring a limit or padding along. The library's own call resets both, but takes longer than short texts.
+    if backend.truncation is not None or backend.padding is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    encoding = backend.encode(text, add_special_tokens=False)
+    return encoding.ids, [start for start, _ in encoding.offsets]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
