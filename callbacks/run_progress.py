@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.structures import PackedBatch
 
 _SHOWN = {"train/loss": "loss", "val/exact_match": "score", "data/fill_tokens": "fill", "data/rejected": "rejected"}
@@ -116,12 +117,9 @@ class _RateColumn(TextColumn):
 
 
 def _total_steps(trainer: L.Trainer) -> int | None:
-    """Steps of the run: given, or of the epochs at hand (the next epochs differ by a few)."""
-    if trainer.max_steps != -1:
-        return trainer.max_steps
-    if trainer.max_epochs in (None, -1) or trainer.num_training_batches == float("inf"):
-        return None
-    return int(trainer.num_training_batches) // trainer.accumulate_grad_batches * int(trainer.max_epochs)
+    """Steps of the run, estimated where no earlier pass has counted them; None for a run without an end."""
+    length = datamodule_of(trainer).horizon()
+    return None if length is None else length.steps
 
 
 def _short(key: str, value: float) -> str:

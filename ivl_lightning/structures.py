@@ -67,18 +67,38 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoCost:
+    """How many frames of a video a sample may get, and what the video holds.
+
+    Attributes:
+        most, fewest: frames of one sample; the plan draws a number in between, both included, for each epoch.
+        available: frames of the video, or of the row's clip.
+        rate: frames per second.
+        duration: seconds.
+    """
+
+    most: int
+    fewest: int
+    available: int
+    rate: float
+    duration: float
+
+
+@dataclass(frozen=True, slots=True)
 class SampleCost:
     """What a sample costs, known before a pixel is decoded.
 
     Attributes:
-        tokens: length of `input_ids`.
+        tokens: length of `input_ids`; for a video with the most frames it may get.
         labels: supervised tokens, the first token of the document left out.
-        tiles: tiles per image, in order; empty for text.
+        tiles: tiles per image or frame, in order; empty for text.
+        video: frames, for a row with a video.
     """
 
     tokens: int
     labels: int
     tiles: tuple[int, ...]
+    video: VideoCost | None = None
 
     @property
     def num_tiles(self) -> int:
@@ -107,11 +127,13 @@ class Pack:
     Attributes:
         samples: sample numbers, in document order (see `data.mixture.epoch_order`).
         tokens, tiles: their sums.
+        frames: frames drawn for each sample, 0 where it is no video; empty where no sample is one.
     """
 
     samples: tuple[int, ...]
     tokens: int
     tiles: int
+    frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +147,7 @@ class PlannedPack:
         packs_per_step: packs of a step over all ranks (A * R).
         weight_sum: the step's planned sum of loss weights over all its packs (W).
         progress: share of the run's samples consumed once this step is done, 0 to 1.
+        idle: share of the step's modeled work time that ranks spend waiting for the slowest.
     """
 
     pack: Pack
@@ -135,6 +158,7 @@ class PlannedPack:
     packs_per_step: int
     weight_sum: float
     progress: float
+    idle: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +174,8 @@ class PackedBatch:
         loss_weights: float32 `[n]`, weight of each by the reweighting rule.
         loss_datasets: int64 `[n]`, number of the dataset each belongs to.
         sample_ids: dataset/file:line of each document, for error messages.
+        sample_datasets: number of the dataset each document belongs to.
+        sample_tiles: tiles of each document.
         planned: where this batch stands in the run.
         rejects: samples of the pack that could not be read.
     """
@@ -164,6 +190,8 @@ class PackedBatch:
     loss_weights: Tensor
     loss_datasets: Tensor
     sample_ids: tuple[str, ...]
+    sample_datasets: tuple[int, ...]
+    sample_tiles: tuple[int, ...]
     planned: PlannedPack
     rejects: tuple[Reject, ...] = ()
 

@@ -13,6 +13,8 @@ Part = Literal["vision", "projector", "llm"]
 OverLength = Literal["reject", "truncate", "shrink"]
 ImageLabels = Literal["keep", "auto"]
 RepeatRule = Literal["random", "prefix"]
+Resampling = Literal["size", "sqrt"]
+Resize = Literal["exact", "fast"]
 Gray16 = Literal["clip", "scale"]
 Reduction = Literal["token", "sample", "square"]
 Normaliser = Literal["step", "micro_batch", "micro_batch_local"]
@@ -120,8 +122,15 @@ class DataConfig(Strict):
         max_tiles: tiles of an image in training, thumbnail not counted, where its dataset gives no `max_dynamic_patch`.
         val_max_tiles: the same in validation and generation, for every dataset.
         use_thumbnail: add the whole picture as a last tile when there are several.
+        resize: `exact` is Pillow's bicubic filter as in the original; `fast` may differ by 2 of 255 levels.
+        min_frames: frames of a video at least, drawn anew for each epoch.
+        max_frames: frames of a video at most.
+        frame_sampling: which frames, in training: `rand`, `middle`, or `fpsX` for X frames a second.
         image_labels: `auto` writes `Image-i: ` before the images of multi-image rows that lack it; `keep` is official.
         repeat_rule: `repeat_time` below 1 draws a fresh random subset each epoch, or the head of the file (official).
+        resampling: share of a dataset in an epoch: by its rows times `repeat_time`, or by the square root of that.
+        weights: dataset -> its share of an epoch's samples, in any unit; names all datasets, or null for `resampling`.
+        exclude: exclusion list written by `ivl-audit drop=FILE`; its rows are left out and listed in the ledger.
         allowed_schemes: URL schemes that media paths may use; others are refused.
         follow_symlinks: allow links that lead out of a dataset's root.
         max_pixels: pictures whose header announces more are refused before they are decoded.
@@ -129,6 +138,7 @@ class DataConfig(Strict):
         gray16: 16-bit gray pictures are clipped at 255 (official) or scaled.
         retries: further tries to read a medium before its row is given up.
         reject_limit: share of rejected rows above which the run stops.
+        index_workers: processes that measure rows; null takes one per core.
         num_workers: loader processes per rank.
         generation_rows: validation rows answered by generation; 0 for none, null for all.
         generation_batch: questions answered side by side.
@@ -150,8 +160,15 @@ class DataConfig(Strict):
     max_tiles: int = 12
     val_max_tiles: int = 12
     use_thumbnail: bool = True
+    resize: Resize = "exact"
+    min_frames: int = 8
+    max_frames: int = 32
+    frame_sampling: str = "rand"
     image_labels: ImageLabels = "keep"
     repeat_rule: RepeatRule = "random"
+    resampling: Resampling = "size"
+    weights: dict[str, float] | None = None
+    exclude: str | None = None
     allowed_schemes: list[str] = field(default_factory=list)
     follow_symlinks: bool = False
     max_pixels: int = 89_478_485
@@ -159,6 +176,7 @@ class DataConfig(Strict):
     gray16: Gray16 = "clip"
     retries: int = 2
     reject_limit: float = 0.01
+    index_workers: int | None = None
     num_workers: int = 2
     generation_rows: int | None = 64
     generation_batch: int = 16

@@ -261,11 +261,15 @@ class AnnotationFile:
 
 
 class RowMedia(NamedTuple):
-    """Media of a row. `image` is one image as text, `images` a list of any length; they differ in placeholder rules."""
+    """Media of a row. `image` is one image as text, `images` a list of any length; they differ in placeholder rules.
+
+    `clip` is the part of the video that is used, from and to in seconds.
+    """
 
     kind: Literal["text", "image", "images", "video"]
     images: tuple[str, ...] = ()
     video: str | None = None
+    clip: tuple[float, float] | None = None
 
 
 def media_of(row: dict[str, object]) -> RowMedia:
@@ -284,7 +288,16 @@ def media_of(row: dict[str, object]) -> RowMedia:
         return RowMedia("text")
     if not isinstance(video, str):
         raise RowError("media_invalid", f"'video' is {_kind(video)}; write one path as text")
-    return RowMedia("video", video=video)
+    return RowMedia("video", video=video, clip=_clip(row.get("clip")))
+
+
+def _clip(value: object) -> tuple[float, float] | None:
+    if value in (None, []):
+        return None
+    numbers = [entry for entry in value if isinstance(entry, int | float)] if isinstance(value, list) else []
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+        raise RowError("media_invalid", f"'clip' is {json.dumps(value)[:100]}; write [start, end] in seconds")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _images(value: object) -> RowMedia:

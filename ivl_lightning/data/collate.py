@@ -62,6 +62,8 @@ def pack_samples(
         loss_weights=torch.tensor(weights, dtype=torch.float32),
         loss_datasets=torch.tensor(datasets, dtype=torch.int64),
         sample_ids=tuple(sample_ids),
+        sample_datasets=tuple(dataset_ids),
+        sample_tiles=tuple(0 if sample.pixel_values is None else len(sample.pixel_values) for sample in samples),
         planned=planned,
         rejects=rejects,
     )

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from ivl_lightning.data.annotations import AnnotationFile, DatasetSpec, read_meta
 from ivl_lightning.data.encoding import EncoderFactory, RowEncoder
-from ivl_lightning.data.index import DatasetIndex, build_index
-from ivl_lightning.data.ledger import reject
-from ivl_lightning.structures import Record, Reject, RowError, SampleCost
+from ivl_lightning.data.exclusion import read_exclusions, without_excluded
+from ivl_lightning.data.index import DatasetIndex, build_indexes
+from ivl_lightning.data.json_spans import RowSpan
+from ivl_lightning.data.measuring import measure_spans
+from ivl_lightning.data.plan import PlanRows
+from ivl_lightning.structures import Record, Reject
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ class Corpus:
         """A column of all rows, `[n]`."""
         return np.concatenate([index.columns[name] for index in self.indexes])
 
+    def plan_rows(self) -> PlanRows:
+        """What the plan knows of the rows."""
+        most = self.column("frames")
+        table = self.encoders[0].frame_tokens if most.any() else np.empty(0, dtype=np.int64)
+        return PlanRows(
+            self.column("tokens"),
+            self.column("labels"),
+            self.column("tiles"),
+            most_frames=most,
+            fewest_frames=self.column("min_frames"),
+            frame_tokens=table,
+        )
+
     def dataset_of(self, row: int) -> int:
         """Number of the dataset a row belongs to."""
         return int(np.searchsorted(np.cumsum(self.sizes), row, side="right"))
@@ -77,51 +93,55 @@ class Corpus:
         return self._select([~part for part in parts]), self._select(parts)
 
     def _select(self, masks: Sequence[NDArray[np.bool_]]) -> Corpus:
-        indexes = [
-            replace(index, columns={name: values[mask] for name, values in index.columns.items()})
-            for index, mask in zip(self.indexes, masks, strict=True)
-        ]
+        indexes = (index.select(mask) for index, mask in zip(self.indexes, masks, strict=True))
         return replace(self, indexes=tuple(indexes))
+
+    def view(self, names: Sequence[str]) -> Corpus:
+        """The datasets of these names, in this order."""
+        if tuple(names) == tuple(spec.name for spec in self.specs):
+            return self
+        numbers = {spec.name: number for number, spec in enumerate(self.specs)}
+        chosen = [numbers[name] for name in names]
+        return Corpus(tuple(self.encoders[n] for n in chosen), tuple(self.indexes[n] for n in chosen))
 
     def measured_again(self, factory: EncoderFactory) -> Corpus:
         """The same rows under other settings (validation has its own tile limit)."""
         other = replace(self, encoders=tuple(factory(spec) for spec in self.specs))
         indexes = []
-        start = 0
         for encoder, index in zip(other.encoders, self.indexes, strict=True):
-            indexes.append(_measure_rows(self, encoder, index, range(start, start + len(index))))
-            start += len(index)
+            places = index.columns["line"], index.columns["offset"], index.columns["length"]
+            spans = [RowSpan(*map(int, place)) for place in zip(*places, strict=True)]
+            measured = measure_spans(encoder, spans)
+            indexes.append(DatasetIndex(index.name, index.file, measured.columns, measured.rejects))
         return replace(other, indexes=tuple(indexes))
 
 
-def _measure_rows(corpus: Corpus, encoder: RowEncoder, index: DatasetIndex, rows: range) -> DatasetIndex:
-    kept: list[int] = []
-    costs: list[SampleCost] = []
-    rejects: list[Reject] = []
-    for position, row in enumerate(rows):
-        record = corpus.locate(row)[1]
-        try:
-            costs.append(encoder.measure(record))
-        except RowError as error:
-            rejects.append(reject(record, error))
-            continue
-        kept.append(position)
-    columns = {name: values[kept] for name, values in index.columns.items()}
-    columns["tokens"] = np.asarray([cost.tokens for cost in costs], dtype=np.int32)
-    columns["labels"] = np.asarray([cost.labels for cost in costs], dtype=np.int32)
-    columns["tiles"] = np.asarray([cost.num_tiles for cost in costs], dtype=np.int32)
-    return DatasetIndex(index.name, columns, tuple(rejects))
-
-
-def read_corpus(meta: str, factory: EncoderFactory, *, cache_dir: Path | None, progress: bool) -> Corpus:
+def read_corpus(
+    meta: str,
+    factory: EncoderFactory,
+    *,
+    cache_dir: Path | None,
+    progress: bool,
+    workers: int | None = None,
+    exclude: str | None = None,
+) -> Corpus:
     """Read and measure all datasets of a meta.json.
 
+    Args:
+        meta: the meta file.
+        factory: makes the encoder of a dataset.
+        cache_dir: folder of cached indexes; None keeps none.
+        progress: show a bar while measuring.
+        workers: processes that measure.
+        exclude: exclusion list; see `data.exclusion`.
+
     Raises:
-        ValueError: the meta file is wrong.
+        ValueError: the meta file or the exclusion list is wrong, or the cache folder does not take an index.
     """
     encoders = tuple(factory(spec) for spec in read_meta(meta))
-    indexes = tuple(build_index(encoder, cache_dir=cache_dir, progress=progress) for encoder in encoders)
-    return Corpus(encoders, indexes)
+    excluded = {} if exclude is None else read_exclusions(exclude)
+    indexes = build_indexes(encoders, cache_dir=cache_dir, workers=workers, progress=progress)
+    return Corpus(encoders, tuple(without_excluded(index, excluded) for index in indexes))
 
 
 def hold_back(digests: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,11 +15,29 @@ from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
-from ivl_lightning.data.dataset import PackDataset, PromptDataset, prompt_groups
-from ivl_lightning.data.encoding import EncoderFactory, encoder_factory, tokens_per_tile
+from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
+from ivl_lightning.data.encoding import EncoderFactory, encoder_factory
+from ivl_lightning.data.horizon import Horizon, horizon, write_steps
+from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
-from ivl_lightning.data.plan import EpochPlan, PlanSettings, TrainingPlan, accumulation, fixed_plan
-from ivl_lightning.data.sampler import FixedSampler, PlannedLoader
+from ivl_lightning.data.mixture import Share, shares
+from ivl_lightning.data.plan import (
+    Cost,
+    PlannedStep,
+    PlanSettings,
+    TrainingPlan,
+    accumulation,
+    fixed_plan,
+)
+from ivl_lightning.data.position import (
+    Position,
+    check_datasets,
+    check_settings,
+    is_mid_epoch,
+    position_state,
+    saved_mixture,
+)
+from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
 from ivl_lightning.data.templates import get_template
 from ivl_lightning.structures import PackedBatch, PromptBatch
 
@@ -28,7 +45,7 @@ LEDGER_NAME = "ledger.jsonl"
 
 
 class DynamicPackingDataModule(L.LightningDataModule):
-    """Packs of images and text from official meta.json files.
+    """Packs of images, videos and text from official meta.json files.
 
     Training batches are `PackedBatch`; validation has two loaders, packs for the loss and `PromptBatch` for answers.
     The datamodule sets the trainer's accumulation: packs_per_step / data-parallel ranks.
@@ -37,9 +54,11 @@ class DynamicPackingDataModule(L.LightningDataModule):
         config: paths, caps, tiling, validation.
         tokenizer: with the nine special tokens.
         template: chat template.
-        seed: of order and augmentation.
+        seed: of order, frames and augmentation.
         patch_size: of the vision tower; with `downsample_ratio` it decides the tokens of a tile.
         downsample_ratio: of the pixel unshuffle.
+        cost: the model's work per token, per squared document length, per tile (`models.cost.forward_cost`); packs of
+            like cost run side by side.
     """
 
     def __init__(
@@ -51,6 +70,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         seed: int = 0,
         patch_size: int = 14,
         downsample_ratio: float = 0.5,
+        cost: Cost = (1.0e9, 4.3e4, 0.73e12),
     ) -> None:
         super().__init__()
         self.config = config
@@ -58,15 +78,16 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.template = template
         self.seed = seed
         self.tile_tokens = tokens_per_tile(config.tile_size, patch_size, downsample_ratio)
+        self.cost = cost
         self.reduction = "square"
         self.ledger = Ledger(None)
         self._num_rows = 0
         self.train_corpus: Corpus | None = None
         self.val_corpus: Corpus | None = None
-        self._plan: TrainingPlan | None = None
-        self._epoch_plan: EpochPlan | None = None
-        self._position = {"epoch": 0, "step": 0}
-        self._resume_from: dict[str, int] | None = None
+        self._mixture: tuple[Share, ...] = ()
+        self.position = Position()
+        self._resume_from: dict[str, Any] | None = None
+        self._loader_in_use: PlannedLoader | None = None
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -87,7 +108,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
             self.reduction = getattr(self.trainer.lightning_module, "reduction", self.reduction)
             if stage == "fit":
                 self._set_up_trainer(self.trainer)
-        self._plan, self._epoch_plan = self._make_plan(), None
+        if stage == "fit":
+            self._plan(self._current_mixture())
 
     def _measure(self) -> None:
         """Read the rows, list those that cannot be used, hold back those of validation."""
@@ -100,14 +122,16 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.train_corpus, self.val_corpus = train, validation
 
     def _read_corpora(self, *, progress: bool) -> tuple[Corpus, Corpus | None]:
-        cache = None if self.config.cache_dir is None else Path(self.config.cache_dir).expanduser()
-        train = read_corpus(self.config.meta, self._encoder(training=True), cache_dir=cache, progress=progress)
+        options: dict[str, Any] = {
+            "cache_dir": self._cache_dir,
+            "progress": progress,
+            "workers": self.config.index_workers,
+            "exclude": self.config.exclude,
+        }
+        train = read_corpus(self.config.meta, self._encoder(training=True), **options)
         if self.config.val_meta is None:
             return train, None
-        validation = read_corpus(
-            self.config.val_meta, self._encoder(training=False), cache_dir=cache, progress=progress
-        )
-        return train, validation
+        return train, read_corpus(self.config.val_meta, self._encoder(training=False), **options)
 
     def _open_ledger(self, corpora: Sequence[Corpus]) -> None:
         rejects = [line for corpus in corpora for line in corpus.rejects]
@@ -130,41 +154,88 @@ class DynamicPackingDataModule(L.LightningDataModule):
         # Each epoch has a plan of its own, so each has a loader of its own.
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # set by Lightning's connector
 
-    def _make_plan(self) -> TrainingPlan:
+    # -- plan -----------------------------------------------------------------------------------------------------
+
+    def _current_mixture(self) -> tuple[Share, ...]:
         assert self.train_corpus is not None
-        corpus, config = self.train_corpus, self.config
-        return TrainingPlan(
-            corpus.column("tokens"),
-            corpus.column("labels"),
-            corpus.column("tiles"),
-            sizes=corpus.sizes,
-            repeats=[spec.repeat_time for spec in corpus.specs],
-            settings=PlanSettings(
-                packs_per_step=config.packs_per_step,
-                max_tokens=config.max_tokens,
-                max_tiles=config.max_pack_tiles,
-                pool_size=config.pool_size,
-                seed=self.seed,
-                reduction=self.reduction,
-                repeat_rule=config.repeat_rule,
-                epochs=self._epochs,
-            ),
+        corpus = self.train_corpus
+        return shares(
+            [spec.name for spec in corpus.specs],
+            corpus.sizes,
+            [spec.repeat_time for spec in corpus.specs],
+            weights=self.config.weights,
+            resampling=self.config.resampling,
+            fingerprints=[index.fingerprint for index in corpus.indexes],
         )
+
+    def _plan(self, mixture: Sequence[Share]) -> TrainingPlan:
+        assert self.train_corpus is not None
+        corpus = self.train_corpus.view([share.name for share in mixture])
+        self._mixture = tuple(mixture)
+        return TrainingPlan(corpus.plan_rows(), mixture, self._plan_settings)
+
+    @property
+    def _plan_settings(self) -> PlanSettings:
+        config = self.config
+        return PlanSettings(
+            packs_per_step=config.packs_per_step,
+            max_tokens=config.max_tokens,
+            max_tiles=config.max_pack_tiles,
+            pool_size=config.pool_size,
+            seed=self.seed,
+            reduction=self.reduction,
+            repeat_rule=config.repeat_rule,
+            cost=self.cost,
+            epochs=self._epochs,
+        )
+
+    def horizon(self) -> Horizon | None:
+        """Optimizer steps of the whole run; None for a run without an end."""
+        max_steps = None if self.trainer is None else self.trainer.max_steps
+        plan = self._plan(self._current_mixture())
+        return horizon(plan, max_steps=max_steps, epochs=self._epochs, cache_dir=self._cache_dir)
+
+    @property
+    def mixture_names(self) -> tuple[str, ...]:
+        """Datasets of the current epoch; a batch's dataset numbers count these."""
+        return tuple(share.name for share in self._mixture)
 
     # -- loaders --------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """This rank's packs of the current epoch, from where a checkpoint stopped."""
-        assert self._plan is not None
-        start = self._resume_from or {"epoch": self.trainer.current_epoch if self.trainer else 0, "step": 0}
-        self._resume_from = None
-        if self._epoch_plan is None or self._epoch_plan.epoch != start["epoch"]:
-            self._epoch_plan = self._plan.epoch(start["epoch"])
-        plan = self._epoch_plan
-        packs = list(self._plan.deal(plan, self._rank, self._world_size, start_step=start["step"]))
-        length = len(plan.steps) * accumulation(self.config.packs_per_step, self._world_size)
-        dataset = self._pack_dataset(self.train_corpus, augmentation_seed=self.seed)
-        return self._loader(dataset, packs, length=length)
+        """This rank's packs of the current epoch, from where a checkpoint stopped.
+
+        Raises:
+            ValueError: a checkpoint of mid-epoch does not fit to the data or settings of this run.
+        """
+        assert self.train_corpus is not None
+        resumed, self._resume_from = self._resume_from, None
+        mixture, epoch, state = self._current_mixture(), self.trainer.current_epoch if self.trainer else 0, None
+        if resumed is not None:
+            epoch, state = resumed["epoch"], resumed["plan"]
+            if is_mid_epoch(resumed):
+                check_settings(resumed, self._plan_settings)
+                # The epoch ends as it began; new datasets and weights are taken with the next one.
+                mixture = saved_mixture(resumed)
+                check_datasets(mixture, self.train_corpus)
+        plan = self._plan(mixture)
+        steps = iter(()) if resumed and state and not is_mid_epoch(resumed) else plan.epoch(epoch, state)
+        self.position.epoch, self.position.state = epoch, state
+        followed = self.position.follow(self._counted(steps, plan))
+        packs = plan.deal(followed, self._rank, self._world_size)
+        corpus = self.train_corpus.view(self.mixture_names)
+        dataset = self._pack_dataset(corpus, augmentation_seed=self.seed, left_out=self.ledger.rows())
+        self._loader_in_use = self._loader(dataset, StreamSampler(packs))
+        return self._loader_in_use
+
+    def _counted(self, steps: Iterator[PlannedStep], plan: TrainingPlan) -> Iterator[PlannedStep]:
+        """The same steps; their number is kept for the horizon of later runs."""
+        count = 0
+        for step in steps:
+            count = step.number + 1
+            yield step
+        if count and self._cache_dir is not None and self._rank == 0:
+            write_steps(plan, self._cache_dir, count)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Packs for the loss on a fixed plan without augmentation, and prompts for generated answers."""
@@ -172,25 +243,24 @@ class DynamicPackingDataModule(L.LightningDataModule):
             return []
         corpus, config = self.val_corpus, self.config
         packs = fixed_plan(
-            corpus.column("tokens").tolist(),
-            corpus.column("labels").tolist(),
-            corpus.column("tiles").tolist(),
+            corpus.plan_rows(),
             max_tokens=config.max_tokens,
             max_tiles=config.max_pack_tiles,
             reduction=self.reduction,
             rank=self._rank,
             world_size=self._world_size,
         )
-        loaders = [self._loader(self._pack_dataset(corpus, augmentation_seed=None), packs)]
+        loaders: list[DataLoader[Any]] = [self._loader(self._pack_dataset(corpus, augmentation_seed=None), FixedSampler(packs))]
         rows = generation_rows(corpus, config.generation_rows)
         if rows:
             groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
             prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size, retries=config.retries)
-            loaders.append(self._loader(prompts, groups))
+            loaders.append(self._loader(prompts, FixedSampler(groups)))
         return loaders
 
-    def _pack_dataset(self, corpus: Corpus | None, *, augmentation_seed: int | None) -> PackDataset:
-        assert corpus is not None
+    def _pack_dataset(
+        self, corpus: Corpus, *, augmentation_seed: int | None, left_out: frozenset[tuple[str, int]] = frozenset()
+    ) -> PackDataset:
         return PackDataset(
             corpus,
             reduction=self.reduction,
@@ -198,16 +268,18 @@ class DynamicPackingDataModule(L.LightningDataModule):
             filler_id=self.filler_id,
             augmentation_seed=augmentation_seed,
             retries=self.config.retries,
+            left_out=left_out,
         )
 
-    def _loader(self, dataset: Any, items: Sequence[Any], length: int | None = None) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, sampler: FixedSampler | StreamSampler) -> PlannedLoader:
         return PlannedLoader(
-            dataset,
-            batch_size=None,
-            sampler=FixedSampler(items, length),
-            num_workers=self.config.num_workers,
-            collate_fn=_identity,
+            dataset, batch_size=None, sampler=sampler, num_workers=self.config.num_workers, collate_fn=_identity
         )
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for batches of the current epoch, on this rank."""
+        return 0.0 if self._loader_in_use is None else self._loader_in_use.waited
 
     # -- batches, position ----------------------------------------------------------------------------------------
 
@@ -227,27 +299,35 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return dataclasses.replace(batch, **changes)
 
     def _consume(self, batch: PackedBatch) -> None:
-        planned = batch.planned
-        finished = planned.micro_step + 1 == planned.num_micro_steps
-        self._position = {"epoch": planned.epoch, "step": planned.step + finished}
+        self.position.consume(batch.planned)
         if batch.rejects:
             self.ledger.add(batch.rejects)
+            self.ledger.leave_out((line.dataset, line.line) for line in batch.rejects)
             self.ledger.check(self._num_rows, self.config.reject_limit, batch.rejects)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the plan: the epoch and the step that comes next. A few bytes."""
-        return {**self._position, "packs_per_step": self.config.packs_per_step, "seed": self.seed}
+        """Position of the plan, what the rest of the epoch depends on, and rows that broke: a few kB."""
+        state = position_state(self.position, self._mixture, self._plan_settings)
+        return {**state, "left_out": sorted(map(list, self._rows_of_all_ranks()))}
+
+    def _rows_of_all_ranks(self) -> set[tuple[str, int]]:
+        own = self.ledger.broken_rows
+        if self._world_size == 1:
+            return own
+        gathered: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(gathered, own)
+        return set().union(*gathered)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position.
 
         Raises:
-            ValueError: the checkpoint was made with another packs_per_step or seed, which is another plan.
+            ValueError: the checkpoint is of mid-epoch and was made with another packs_per_step, seed or caps, which
+                is another plan.
         """
-        for key, own in (("packs_per_step", self.config.packs_per_step), ("seed", self.seed)):
-            if state_dict[key] != own:
-                raise ValueError(f"the checkpoint was made with {key}={state_dict[key]}, this run has {own}")
-        self._resume_from = self._position = {"epoch": state_dict["epoch"], "step": state_dict["step"]}
+        check_settings(state_dict, self._plan_settings)
+        self.ledger.leave_out((name, line) for name, line in state_dict["left_out"])
+        self._resume_from = state_dict
 
     # -- derived --------------------------------------------------------------------------------------------------
 
@@ -271,6 +351,10 @@ class DynamicPackingDataModule(L.LightningDataModule):
         """Tokens that end a generated answer: the template's end marker and the tokenizer's end of text."""
         marker = self.tokenizer.convert_tokens_to_ids(get_template(self.template).answer_end)
         return sorted({token for token in (marker, self.tokenizer.eos_token_id) if token is not None})
+
+    @property
+    def _cache_dir(self) -> Path | None:
+        return None if self.config.cache_dir is None else Path(self.config.cache_dir).expanduser()
 
     @property
     def _rank(self) -> int:
@@ -310,21 +394,6 @@ def datamodule_of(trainer: L.Trainer) -> DynamicPackingDataModule:
             f"this stage and its callbacks need a DynamicPackingDataModule, got {type(datamodule).__name__}"
         )
     return datamodule
-
-
-def generation_rows(corpus: Corpus, limit: int | None) -> list[int]:
-    """Rows answered in validation: evenly over the datasets, the first by content hash, so that it is the same set
-    on any layout and does not follow the order of the files.
-    """
-    if limit == 0:
-        return []
-    digests, start, by_dataset = corpus.column("digest"), 0, []
-    for size in corpus.sizes:
-        by_dataset.append((start + np.argsort(digests[start : start + size], kind="stable")).tolist())
-        start += size
-    longest = max(corpus.sizes)
-    turns = [rows[turn] for turn in range(longest) for rows in by_dataset if turn < len(rows)]
-    return turns if limit is None else turns[:limit]
 
 
 def _identity(batch: Any) -> Any:

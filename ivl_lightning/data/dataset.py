@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from ivl_lightning.data.augmentation import sample_rng
@@ -30,6 +31,8 @@ class PackDataset(Dataset[PackedBatch]):
         filler_id: token of an empty micro-batch.
         augmentation_seed: seed of JPEG degradation; None never degrades (validation).
         retries: further tries to read a medium.
+        left_out: dataset and line of rows that broke before; they are not tried again, so that a resumed run trains
+            on what the run it continues would have.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PackDataset(Dataset[PackedBatch]):
         filler_id: int,
         augmentation_seed: int | None,
         retries: int,
+        left_out: frozenset[tuple[str, int]] = frozenset(),
     ) -> None:
         self.corpus = corpus
         self.reduction = reduction
@@ -48,7 +52,8 @@ class PackDataset(Dataset[PackedBatch]):
         self.filler_id = filler_id
         self.augmentation_seed = augmentation_seed
         self.retries = retries
-        self._tokens = corpus.column("tokens")
+        self.left_out = left_out
+        self._rows = corpus.plan_rows()
 
     def __getitem__(self, planned: PlannedPack) -> PackedBatch:
         """A sample that cannot be read is left out and reported; the pack goes on without it."""
@@ -56,10 +61,13 @@ class PackDataset(Dataset[PackedBatch]):
         datasets: list[int] = []
         names: list[str] = []
         rejects: list[Reject] = []
-        for sample in planned.pack.samples:
+        frames = planned.pack.frames or (0,) * len(planned.pack.samples)
+        for sample, count in zip(planned.pack.samples, frames, strict=True):
             dataset, record = self.corpus.locate(sample % len(self.corpus))
+            if (record.dataset, record.line) in self.left_out:
+                continue
             try:
-                samples.append(self._encode(dataset, record, planned.epoch, sample))
+                samples.append(self._encode(dataset, record, planned.epoch, sample, count))
             except RowError as error:
                 rejects.append(reject(record, error))
                 continue
@@ -76,16 +84,16 @@ class PackDataset(Dataset[PackedBatch]):
             rejects=tuple(rejects),
         )
 
-    def _encode(self, dataset: int, record: Record, epoch: int, sample: int) -> Encoded:
+    def _encode(self, dataset: int, record: Record, epoch: int, sample: int, frames: int) -> Encoded:
         seed = self.augmentation_seed
         rng = None if seed is None else sample_rng(seed, epoch, sample)
         encoder = self.corpus.encoders[dataset]
-        encoded = _with_retries(partial(encoder.encode, record, rng), self.retries)
-        measured = int(self._tokens[sample % len(self.corpus)])
-        if len(encoded.input_ids) != measured:
+        encoded = _with_retries(partial(encoder.encode, record, rng, frames=frames or None), self.retries)
+        planned = self._rows.planned_tokens(sample % len(self.corpus), frames)
+        if len(encoded.input_ids) != planned:
             raise RowError(
                 "index_stale",
-                f"{len(encoded.input_ids)} tokens now, {measured} when it was measured: the row or its picture "
+                f"{len(encoded.input_ids)} tokens now, {planned} when it was measured: the row or its picture "
                 "changed. Delete data.cache_dir to measure again",
             )
         return encoded
@@ -142,6 +150,21 @@ def prompt_groups(rows: Sequence[int], *, size: int, rank: int, world_size: int)
         own = rows[start : start + size * world_size][rank::world_size]
         groups.append(PromptGroup(tuple(own), (True,) * len(own)) if own else PromptGroup((rows[0],), (False,)))
     return groups
+
+
+def generation_rows(corpus: Corpus, limit: int | None) -> list[int]:
+    """Rows answered in validation: evenly over the datasets, the first by content hash, so that it is the same set
+    on any layout and does not follow the order of the files.
+    """
+    if limit == 0:
+        return []
+    digests, start, by_dataset = corpus.column("digest"), 0, []
+    for size in corpus.sizes:
+        by_dataset.append((start + np.argsort(digests[start : start + size], kind="stable")).tolist())
+        start += size
+    longest = max(corpus.sizes)
+    turns = [rows[turn] for turn in range(longest) for rows in by_dataset if turn < len(rows)]
+    return turns if limit is None else turns[:limit]
 
 
 def _with_retries(read: Callable[[], Result], retries: int) -> Result:

@@ -1,83 +1,32 @@
-"""Record -> token ids, labels and tiles: one path for text, one image and several images.
+"""Record -> token ids, labels and tiles: one path for text, one image, several images and video.
 
-`measure` and `encode` share one layout step that needs image headers only, so the index and a worker cannot disagree.
+`measure` and `encode` share one layout that needs image headers only, so the index and a worker cannot disagree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ivl_lightning.config.schema import DataConfig, ImageLabels, OverLength
-from ivl_lightning.constants import DOWNSAMPLE_RATIO, IGNORE_INDEX, PATCH_SIZE, TILE_SIZE
-from ivl_lightning.data.annotations import DatasetSpec, media_of
+from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data.annotations import DatasetSpec, RowMedia, media_of
 from ivl_lightning.data.augmentation import degrade_jpeg
-from ivl_lightning.data.conversation import encode_prompt, encode_row
+from ivl_lightning.data.conversation import TokenizedRow, tokenize_prompt, tokenize_row
+from ivl_lightning.data.layout import EncodingSettings, Layout, fit
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.tiling import count_tiles, cut_tiles, tile_budget
-from ivl_lightning.models.tokenizer import image_token_id
-from ivl_lightning.structures import Encoded, Record, RowError, SampleCost
+from ivl_lightning.data.video import VideoHeader, frame_indices, frame_range
+from ivl_lightning.structures import Encoded, Record, RowError, SampleCost, VideoCost
 
-VIDEO_NOT_READ = "video_not_supported"
-
-
-def tokens_per_tile(
-    tile_size: int = TILE_SIZE, patch_size: int = PATCH_SIZE, downsample_ratio: float = DOWNSAMPLE_RATIO
-) -> int:
-    """Context tokens of a tile: 448-pixel tiles of 14-pixel patches, unshuffled by 0.5, give 256."""
-    return int(tile_size // patch_size * downsample_ratio) ** 2
-
-
-@dataclass(frozen=True, slots=True)
-class EncodingSettings:
-    """Everything that decides how many tokens and tiles a record gets; part of the index's cache key.
-
-    Attributes:
-        template: chat template.
-        max_tokens, max_pack_tiles: caps of one sample.
-        tokens_per_tile: context tokens of a tile.
-        tile_size, min_tiles, max_tiles, use_thumbnail: tiling; `max_tiles` holds where the dataset gives none.
-        dataset_tiles: let a dataset's `max_dynamic_patch` override `max_tiles` (training), or not (validation).
-        over_length: what happens to a sample over a cap.
-        image_labels: see `DataConfig.image_labels`.
-    """
-
-    template: str
-    max_tokens: int
-    max_pack_tiles: int
-    tokens_per_tile: int
-    tile_size: int
-    min_tiles: int
-    max_tiles: int
-    use_thumbnail: bool
-    dataset_tiles: bool
-    over_length: OverLength
-    image_labels: ImageLabels
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """A record's text with its image slots, before pixels. `max_tiles` is the limit per image that was used."""
-
-    input_ids: list[int]
-    labels: list[int]
-    tiles: tuple[int, ...]
-    max_tiles: int
-
-
-class Tiling(TypedDict):
-    """Arguments of `count_tiles` and `cut_tiles`."""
-
-    min_tiles: int
-    max_tiles: int
-    tile_size: int
-    use_thumbnail: bool
+Tokenize = Callable[..., TokenizedRow]
 
 
 class RowEncoder:
@@ -87,7 +36,7 @@ class RowEncoder:
         spec: the dataset.
         reader: opens its media.
         tokenizer: with the nine special tokens.
-        settings: caps, tiling, template.
+        settings: caps, tiling, frames, template.
     """
 
     def __init__(
@@ -101,122 +50,153 @@ class RowEncoder:
         self.reader = reader
         self.tokenizer = tokenizer
         self.settings = settings
-        self._context_id = image_token_id(tokenizer)
 
     def measure(self, record: Record) -> SampleCost:
-        """Tokens, label tokens and tiles from the text and the image headers.
+        """Tokens, label tokens and tiles from the text and the headers of images and videos.
 
         Raises:
-            RowError: the record cannot be used; the reason says why.
+            RowError: the record cannot be used; the reason says why. `no_label` where nothing would be trained.
         """
-        layout = self._layout(record)
-        labels = sum(label != IGNORE_INDEX for label in layout.labels[1:])
-        return SampleCost(len(layout.input_ids), labels, layout.tiles)
+        media = media_of(record.row)
+        if media.kind == "video":
+            header = self._video_header(media)
+            layout = self._video_layout(record, header, None)
+            video = self._video_cost(header, len(layout.tiles))
+        else:
+            layout = self._image_layout(record, [self.reader.image_size(path) for path in media.images])
+            video = None
+        labels = layout.num_labels
+        if labels == 0:
+            raise RowError("no_label", "the row has no token to train on: give it an answer, or remove it")
+        return SampleCost(layout.tokens, labels, layout.tiles, video)
 
-    def encode(self, record: Record, rng: np.random.Generator | None) -> Encoded:
-        """Ids, labels and tiles. `rng` degrades the tiles of a dataset with `data_augment`; None leaves them.
+    def encode(self, record: Record, rng: np.random.Generator | None, *, frames: int | None = None) -> Encoded:
+        """Ids, labels and tiles.
+
+        Args:
+            record: the row.
+            rng: chooses frames, and degrades the tiles of a dataset with `data_augment`; None takes the frames in the
+                middle of their intervals and leaves the tiles.
+            frames: number of frames of a video; None for the most it may get.
 
         Raises:
             RowError: the record cannot be used, a picture that breaks only when decoded included.
         """
-        layout = self._layout(record)
-        tiles = self._tiles(record, layout.max_tiles)
-        found = 0 if tiles is None else len(tiles)
-        assert found == sum(layout.tiles), (record, found, layout.tiles)
+        media = media_of(record.row)
+        tiles: Tensor | None
+        if media.kind == "video":
+            header = self._video_header(media)
+            layout = self._video_layout(record, header, frames)
+            tiles = self._frame_tiles(media, header, len(layout.tiles), rng)
+        else:
+            images = [self.reader.load_image(path) for path in media.images]
+            layout = self._image_layout(record, [image.size for image in images])
+            tiles = self._image_tiles(images, layout.limit)
+        assert sum(layout.tiles) == (0 if tiles is None else len(tiles)), (record, layout.tiles)
         if tiles is not None and rng is not None and self.spec.data_augment:
             tiles = degrade_jpeg(tiles, rng)
-        return Encoded(layout.input_ids, layout.labels, tiles)
+        input_ids, labels = layout.ids_and_labels()
+        return Encoded(input_ids, labels, tiles)
 
     def encode_prompt(self, record: Record) -> tuple[list[int], Tensor | None]:
-        """Ids up to the last answer, and tiles, for generation."""
-        images = self._images(record)
-        max_tiles = self._max_tiles(len(images))
-        counts = self._count_tiles(images, max_tiles)
-        ids = encode_prompt(
-            record.row,
-            self.tokenizer,
-            template=self.settings.template,
-            num_image_tokens=self._num_image_tokens(counts),
-            image_labels=self.settings.image_labels,
-        )
-        return ids, self._tiles(record, max_tiles)
+        """Ids up to the last answer, and tiles, for generation.
 
-    def _layout(self, record: Record) -> _Layout:
-        images = self._images(record)
-        max_tiles = self._max_tiles(len(images))
-        layout = self._lay_out(record, images, max_tiles)
-        if self.settings.over_length == "shrink":
-            while images and max_tiles > 1 and not self._fits(layout):
-                max_tiles -= 1
-                layout = self._lay_out(record, images, max_tiles)
-        if self._fits(layout):
-            return layout
-        if self.settings.over_length == "truncate":
-            return self._truncate(layout)
-        raise self._over_length(layout)
+        Raises:
+            RowError: as `encode`.
+        """
+        media = media_of(record.row)
+        if media.kind == "video":
+            header = self._video_header(media)
+            layout = self._lay_out_frames(record, self._frame_range(header)[1], tokenize=tokenize_prompt)
+            return layout.ids_and_labels()[0], self._frame_tiles(media, header, len(layout.tiles), None)
+        images = [self.reader.load_image(path) for path in media.images]
+        row = self._tokenize(record, len(images), tokenize_prompt)
+        layout = self._lay_out_images(row, [image.size for image in images], self._max_tiles(len(images)))
+        return layout.ids_and_labels()[0], self._image_tiles(images, layout.limit)
 
-    def _lay_out(self, record: Record, images: tuple[str, ...], max_tiles: int) -> _Layout:
-        counts = self._count_tiles(images, max_tiles)
-        ids, labels = encode_row(
-            record.row,
-            self.tokenizer,
-            template=self.settings.template,
-            num_image_tokens=self._num_image_tokens(counts),
-            image_labels=self.settings.image_labels,
-        )
-        return _Layout(ids, labels, counts, max_tiles)
+    @cached_property
+    def frame_tokens(self) -> NDArray[np.int64]:
+        """Tokens that the first n frames of a video take beyond those of the first one, `[max_frames + 1]`.
 
-    def _num_image_tokens(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(count * self.settings.tokens_per_tile for count in counts)
+        Special tokens part a prompt into stretches that are tokenized each by itself, so the line of frame i costs the
+        same in every row. A worker checks the sum against what it gets.
+        """
+        turns = [{"from": "human", "value": "<video>\n?"}, {"from": "gpt", "value": "."}]
+        most = self.settings.max_frames
+        row = self._tokenize(Record("", "", 0, {"video": "?", "conversations": turns}), most)
+        lines = [after - before - 1 + self.settings.tokens_per_tile for before, after in pairwise(row.slots)]
+        return np.cumsum([0, 0, *lines])
 
-    def _fits(self, layout: _Layout) -> bool:
-        return len(layout.input_ids) <= self.settings.max_tokens and sum(layout.tiles) <= self.settings.max_pack_tiles
+    # -- images ---------------------------------------------------------------------------------------------------
 
-    def _truncate(self, layout: _Layout) -> _Layout:
-        """The official cut at the token cap; a cut that would lose part of an image rejects instead."""
-        kept = layout.input_ids[: self.settings.max_tokens]
-        slots = sum(layout.tiles) * self.settings.tokens_per_tile
-        if kept.count(self._context_id) != slots or sum(layout.tiles) > self.settings.max_pack_tiles:
-            raise self._over_length(layout)
-        return _Layout(kept, layout.labels[: len(kept)], layout.tiles, layout.max_tiles)
+    def _image_layout(self, record: Record, sizes: Sequence[tuple[int, int]]) -> Layout:
+        row = self._tokenize(record, len(sizes))
+        return fit(partial(self._lay_out_images, row, sizes), self._max_tiles(len(sizes)), self.settings)
 
-    def _over_length(self, layout: _Layout) -> RowError:
-        return RowError(
-            "over_length",
-            f"{len(layout.input_ids)} tokens and {sum(layout.tiles)} tiles, but a pack holds "
-            f"{self.settings.max_tokens} and {self.settings.max_pack_tiles}: raise data.max_tokens or "
-            "data.max_pack_tiles, lower max_dynamic_patch, or set data.over_length=shrink or truncate",
-        )
-
-    def _images(self, record: Record) -> tuple[str, ...]:
-        kind, images, _ = media_of(record.row)
-        if kind == "video":
-            raise RowError(VIDEO_NOT_READ, "video rows are set aside: this version trains on images and text")
-        return images
+    def _lay_out_images(self, row: TokenizedRow, sizes: Sequence[tuple[int, int]], max_tiles: int) -> Layout:
+        tiling = self.settings.tiling(max_tiles)
+        tiles = tuple(count_tiles(*size, **tiling) for size in sizes)
+        return Layout(row, tiles, max_tiles, self.settings.tokens_per_tile)
 
     def _max_tiles(self, num_images: int) -> int:
         own = self.spec.max_dynamic_patch if self.settings.dataset_tiles else None
         limit = self.settings.max_tiles if own is None else own
         return tile_budget(limit, num_images) if num_images else limit
 
-    def _count_tiles(self, images: tuple[str, ...], max_tiles: int) -> tuple[int, ...]:
-        tiling = self._tiling(max_tiles)
-        return tuple(count_tiles(*self.reader.image_size(path), **tiling) for path in images)
-
-    def _tiles(self, record: Record, max_tiles: int) -> Tensor | None:
-        images = self._images(record)
+    def _image_tiles(self, images: Sequence[Image], max_tiles: int) -> Tensor | None:
         if not images:
             return None
-        tiling = self._tiling(max_tiles)
-        return torch.cat([cut_tiles(self.reader.load_image(path), **tiling) for path in images])
+        tiling = self.settings.tiling(max_tiles)
+        tiles = [cut_tiles(image, **tiling) for image in images]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
-    def _tiling(self, max_tiles: int) -> Tiling:
-        return {
-            "min_tiles": min(self.settings.min_tiles, max_tiles),
-            "max_tiles": max_tiles,
-            "tile_size": self.settings.tile_size,
-            "use_thumbnail": self.settings.use_thumbnail,
-        }
+    # -- video ----------------------------------------------------------------------------------------------------
+
+    def _video_header(self, media: RowMedia) -> VideoHeader:
+        assert media.video is not None
+        return self.reader.video_header(media.video, media.clip)
+
+    def _frame_range(self, header: VideoHeader) -> tuple[int, int]:
+        return frame_range(
+            header.frames,
+            rate=header.rate,
+            duration=header.duration,
+            sampling=self.settings.frame_sampling,
+            min_frames=self.settings.min_frames,
+            max_frames=self.settings.max_frames,
+        )
+
+    def _video_layout(self, record: Record, header: VideoHeader, frames: int | None) -> Layout:
+        most = self._frame_range(header)[1]
+        return fit(partial(self._lay_out_frames, record), most if frames is None else frames, self.settings)
+
+    def _lay_out_frames(self, record: Record, frames: int, tokenize: Tokenize = tokenize_row) -> Layout:
+        row = self._tokenize(record, frames, tokenize)
+        return Layout(row, (1,) * frames, frames, self.settings.tokens_per_tile)
+
+    def _video_cost(self, header: VideoHeader, most: int) -> VideoCost:
+        fewest = min(self._frame_range(header)[0], most)
+        return VideoCost(most, fewest, header.frames, header.rate, header.duration)
+
+    def _frame_tiles(self, media: RowMedia, header: VideoHeader, count: int, rng: np.random.Generator | None) -> Tensor:
+        assert media.video is not None
+        sampling = self.settings.frame_sampling
+        if rng is None and sampling == "rand":
+            sampling = "middle"
+        rng = rng or np.random.default_rng(0)
+        indices = frame_indices(header.frames, count, rate=header.rate, sampling=sampling, rng=rng)
+        frames = self.reader.load_frames(media.video, indices, media.clip)
+        tiling = self.settings.tiling(1)
+        return torch.cat([cut_tiles(frame, **tiling) for frame in frames])
+
+    def _tokenize(self, record: Record, num_images: int, tokenize: Tokenize = tokenize_row) -> TokenizedRow:
+        return tokenize(
+            record.row,
+            self.tokenizer,
+            template=self.settings.template,
+            num_images=num_images,
+            image_labels=self.settings.image_labels,
+        )
 
 
 EncoderFactory = Callable[[DatasetSpec], RowEncoder]
@@ -243,7 +223,11 @@ def encoder_factory(
         min_tiles=config.min_tiles,
         max_tiles=config.max_tiles if training else config.val_max_tiles,
         use_thumbnail=config.use_thumbnail,
+        resize=config.resize,
         dataset_tiles=training,
+        min_frames=config.min_frames,
+        max_frames=config.max_frames,
+        frame_sampling=config.frame_sampling,
         over_length=config.over_length,
         image_labels=config.image_labels,
     )

@@ -1,37 +1,40 @@
-"""Measure every row once, without decoding a pixel; keep the result by content."""
+"""The index: every row measured once, from its text and the headers of its media; kept by content.
+
+An index is found again by a hash of all that decides it: the annotation file's bytes, the tokenizer, the template and
+the tile settings. Measuring goes on where a killed process stopped, and of several processes one measures while the
+others wait.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from filelock import FileLock
 from numpy.typing import NDArray
-from rich.progress import track
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from ivl_lightning.data.annotations import AnnotationFile
-from ivl_lightning.data.encoding import VIDEO_NOT_READ, RowEncoder
-from ivl_lightning.data.ledger import reject
+from ivl_lightning.data.encoding import RowEncoder
+from ivl_lightning.data.index_file import BrokenIndexError, IndexParts, read_index
+from ivl_lightning.data.measuring import Measured, concatenate, measure_rows
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
-from ivl_lightning.structures import Record, Reject, RowError
+from ivl_lightning.structures import Reject
 
-_VERSION = 1
-_COLUMNS = {
-    "offset": np.int64,
-    "length": np.int64,
-    "line": np.int64,
-    "tokens": np.int32,
-    "labels": np.int32,
-    "tiles": np.int32,
-    "digest": np.uint64,
-}
+_VERSION = 2
+_PART_ROWS = 32_768
+_PART_SECONDS = 20.0
+"""A part is written after so many rows or seconds: what a kill can cost."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,89 +43,178 @@ class DatasetIndex:
 
     Attributes:
         name: of the dataset.
-        columns: `offset`, `length`, `line` of each row in the annotation file; `tokens`, `labels`, `tiles` it costs;
-            `digest` of its bytes.
+        file: its annotation file.
+        columns: see `measuring.COLUMNS`.
         rejects: rows that cannot be used.
     """
 
     name: str
+    file: str
     columns: dict[str, NDArray[np.int64]]
     rejects: tuple[Reject, ...]
 
     def __len__(self) -> int:
         return len(self.columns["offset"])
 
+    def select(self, mask: NDArray[np.bool_]) -> DatasetIndex:
+        """The rows where `mask` is true."""
+        if mask.all():
+            return self
+        return replace(self, columns={name: values[mask] for name, values in self.columns.items()})
 
-def build_index(encoder: RowEncoder, *, cache_dir: Path | None = None, progress: bool = True) -> DatasetIndex:
-    """Index of the encoder's dataset, read from the cache where content and settings are the same.
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the rows' content and cost; equal fingerprints mean equal plans."""
+        parts = (self.columns[name].tobytes() for name in ("digest", "tokens", "labels", "tiles", "min_frames"))
+        digest = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def build_indexes(
+    encoders: Sequence[RowEncoder],
+    *,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> tuple[DatasetIndex, ...]:
+    """Index of each encoder's dataset, read from the cache where content and settings are the same.
 
     Args:
-        encoder: measures the rows.
+        encoders: measure the rows, one per dataset.
         cache_dir: folder of cached indexes; None keeps none.
-        progress: show a bar.
+        workers: processes that measure; None takes one for each core.
+        progress: show a bar with rows per second and the time left.
+
+    Raises:
+        IndexWriteError: the cache folder does not take an index.
     """
-    if cache_dir is None:
-        return _measure(encoder, progress)
+    paths = [None if cache_dir is None else _path(cache_dir, encoder) for encoder in encoders]
+    missing = [
+        Path(encoder.spec.annotation).stat().st_size
+        for encoder, path in zip(encoders, paths, strict=True)
+        if path is None or not path.is_file()
+    ]
+    with _progress_bar(disable=not progress or not missing) as bar:
+        measuring = _Measuring(bar, total=sum(missing), workers=workers)
+        return tuple(_index(encoder, path, measuring) for encoder, path in zip(encoders, paths, strict=True))
+
+
+def build_index(
+    encoder: RowEncoder, *, cache_dir: Path | None = None, workers: int | None = None, progress: bool = True
+) -> DatasetIndex:
+    """Index of one dataset; see `build_indexes`."""
+    return build_indexes([encoder], cache_dir=cache_dir, workers=workers, progress=progress)[0]
+
+
+def _index(encoder: RowEncoder, path: Path | None, measuring: _Measuring) -> DatasetIndex:
+    measured = measuring.whole(encoder) if path is None else _cached(encoder, path, measuring)
+    return DatasetIndex(encoder.spec.name, encoder.spec.annotation, measured.columns, measured.rejects)
+
+
+def _cached(encoder: RowEncoder, path: Path, measuring: _Measuring) -> Measured:
+    found = _read_if_whole(path)
+    if found is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The lock is the operating system's: it ends with the process that holds it.
+    with FileLock(f"{path}.lock"):
+        found = _read_if_whole(path)
+        return measuring.resumed(encoder, path) if found is None else found
+
+
+def _read_if_whole(path: Path) -> Measured | None:
+    if not path.is_file():
+        return None
+    try:
+        return read_index(path)
+    except BrokenIndexError as error:
+        _log.warning("%s; measuring again", error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+class _Measuring:
+    """Measures datasets one after the other under one progress bar."""
+
+    def __init__(self, bar: Progress, *, total: int, workers: int | None) -> None:
+        self.bar = bar
+        self.workers = workers
+        self.task = bar.add_task("measuring", total=total, rows=0, start=not bar.disable)
+
+    def whole(self, encoder: RowEncoder) -> Measured:
+        """All rows, held in memory."""
+        self._show(encoder, 0)
+        return concatenate(list(map(self._advance, measure_rows(encoder, workers=self.workers))))
+
+    def resumed(self, encoder: RowEncoder, path: Path) -> Measured:
+        """All rows, from where a killed process stopped; writes the index."""
+        parts = IndexParts(path.with_suffix(".parts"))
+        self._show(encoder, parts.end)
+        stretches: list[Measured] = []
+        since = time.monotonic()
+        for stretch in measure_rows(encoder, start=parts.end, workers=self.workers):
+            stretches.append(self._advance(stretch))
+            rows = sum(one.num_rows for one in stretches)
+            if rows >= _PART_ROWS or time.monotonic() - since > _PART_SECONDS:
+                parts.add(stretches)
+                stretches, since = [], time.monotonic()
+        return parts.finish(path, stretches)
+
+    def _show(self, encoder: RowEncoder, end: int) -> None:
+        self.bar.update(self.task, description=f"measuring {encoder.spec.name}")
+        self._base = self.bar.tasks[self.task].completed
+        self.bar.update(self.task, completed=self._base + end)
+
+    def _advance(self, stretch: Measured) -> Measured:
+        rows = self.bar.tasks[self.task].fields["rows"] + stretch.num_rows
+        self.bar.update(self.task, completed=self._base + stretch.end, rows=rows)
+        return stretch
+
+
+class _RowRate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rows = task.fields["rows"]
+        rate = f" {rows / task.elapsed:,.0f} rows/s" if task.elapsed and rows else ""
+        return Text(f"{rows:,} rows{rate}")
+
+
+def _progress_bar(*, disable: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), _RowRate(), TimeRemainingColumn())
+    return Progress(*columns, transient=True, disable=disable)
+
+
+def _path(cache_dir: Path, encoder: RowEncoder) -> Path:
     # A dataset's name may hold anything; the file stays in the folder.
-    path = cache_dir / f"{quote(encoder.spec.name, safe='')}-{_key(encoder)}.parquet"
-    if path.is_file():
-        return _read(path, encoder.spec.name)
-    index = _measure(encoder, progress)
-    _write(path, index)
-    return index
-
-
-def _measure(encoder: RowEncoder, progress: bool) -> DatasetIndex:
-    columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
-    rejects: list[Reject] = []
-    file = AnnotationFile(encoder.spec.annotation)
-    lines: Iterator[tuple[int, int, int]] = file.iter_lines()
-    for line, offset, length in track(lines, f"measuring {encoder.spec.name}", transient=True, disable=not progress):
-        data = file.read(offset, length)
-        record = Record(encoder.spec.name, str(encoder.spec.annotation), line, {})
-        try:
-            record = Record(record.dataset, record.file, line, file.parse(data))
-            cost = encoder.measure(record)
-        except RowError as error:
-            rejects.append(reject(record, error, counted=error.reason != VIDEO_NOT_READ))
-            continue
-        digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        values = (offset, length, line, cost.tokens, cost.labels, cost.num_tiles, digest)
-        for name, value in zip(_COLUMNS, values, strict=True):
-            columns[name].append(value)
-    arrays = {name: np.asarray(columns[name], dtype=kind) for name, kind in _COLUMNS.items()}
-    return DatasetIndex(encoder.spec.name, arrays, tuple(rejects))
+    return cache_dir / f"{quote(encoder.spec.name, safe='')}-{_key(encoder)}.parquet"
 
 
 def _key(encoder: RowEncoder) -> str:
     """Hash of all that decides an index: annotation file and bytes, root, tokenizer, settings."""
-    with Path(encoder.spec.annotation).open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = asdict(encoder.settings)
+    # How pixels are made changes no count.
+    del settings["resize"]
     parts = {
         "version": _VERSION,
         # Rejects name their file, so the same content elsewhere is another index.
         "file": str(encoder.spec.annotation),
-        "annotation": content,
+        "annotation": _content_hash(encoder.spec.annotation),
         "max_dynamic_patch": encoder.spec.max_dynamic_patch,
         "reader": asdict(encoder.reader),
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
-        "settings": asdict(encoder.settings),
+        "settings": settings,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _write(path: Path, index: DatasetIndex) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rejects = json.dumps([asdict(line) for line in index.rejects], ensure_ascii=False)
-    table = pa.table(index.columns).replace_schema_metadata({"rejects": rejects})
-    # Written aside and renamed: a killed process leaves no half file under the final name.
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    pq.write_table(table, aside)
-    aside.replace(path)
+def _content_hash(path: str) -> str:
+    state = Path(path).stat()
+    return _hash_of(path, state.st_size, state.st_mtime_ns)
 
 
-def _read(path: Path, name: str) -> DatasetIndex:
-    table = pq.read_table(path)
-    rejects = json.loads((table.schema.metadata or {})[b"rejects"])
-    columns = {column: table[column].to_numpy() for column in _COLUMNS}
-    return DatasetIndex(name, columns, tuple(Reject(**line) for line in rejects))
+@lru_cache(maxsize=1024)
+def _hash_of(path: str, size: int, changed: int) -> str:
+    """Read once in a process: training, validation and set-up ask for the same file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,6 +33,7 @@ class Ledger:
         self.counted = 0
         self._known: set[Reject] = set()
         self._written = _read_lines(path)
+        self._broken: set[tuple[str, int]] = set()
 
     def add(self, rejects: Iterable[Reject], *, write: bool = True) -> None:
         """Count rows not counted yet, and write what the file does not hold yet.
@@ -55,6 +56,20 @@ class Ledger:
         with self.path.open("a", encoding="utf-8") as file:
             for line in rejects:
                 file.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
+
+    @property
+    def broken_rows(self) -> set[tuple[str, int]]:
+        """Dataset and line of the rows that broke in training, as this process knows them."""
+        return set(self._broken)
+
+    def leave_out(self, rows: Iterable[tuple[str, int]]) -> None:
+        """Note rows that broke in training, in this process or before a checkpoint was saved."""
+        self._broken.update(rows)
+
+    def rows(self) -> frozenset[tuple[str, int]]:
+        """Dataset and line of all rows known to be broken, those that other ranks have written included."""
+        self._written |= _read_lines(self.path)
+        return frozenset(self._broken | {(line.dataset, line.line) for line in self._written})
 
     def check(self, rows: int, limit: float, examples: Iterable[Reject]) -> None:
         """Stop where more than `limit` of `rows` were rejected.

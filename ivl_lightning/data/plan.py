@@ -1,41 +1,77 @@
 """The plan: what is read at each step and the step's exact loss normaliser, known before an image is opened.
 
 A function of (index, mixture, seed, epoch, packs_per_step) alone, never of ranks, workers or accumulation: those only
-decide how a step's packs are dealt.
+decide how a step's packs are dealt. It is made while the epoch runs, a window of packs ahead; the state that comes
+with each step continues it there at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ivl_lightning.config.schema import RepeatRule
-from ivl_lightning.data.mixture import epoch_order, epoch_size
+from ivl_lightning.data.mixture import Share, epoch_order, epoch_size
 from ivl_lightning.data.packing import PackPlanner
 from ivl_lightning.reweighting import sample_weight
 from ivl_lightning.structures import Pack, PlannedPack
 
 EMPTY_PACK = Pack((), 0, 0)
+Cost = tuple[float, float, float]
+"""Modeled work per token, per squared document length, per tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRows:
+    """What the plan knows of the rows of all datasets laid end to end, `[N]` each.
+
+    Attributes:
+        tokens, labels, tiles: of each row; of a video with the most frames it may get.
+        most_frames, fewest_frames: of each video; 0 for other rows.
+        frame_tokens: tokens that the first n frames take beyond those of the first one; empty without videos.
+    """
+
+    tokens: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    tiles: NDArray[np.int32]
+    most_frames: NDArray[np.int16]
+    fewest_frames: NDArray[np.int16]
+    frame_tokens: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def planned_tokens(self, row: int, frames: int) -> int:
+        """Tokens of a row, of a video with so many frames (0: the most it may get)."""
+        tokens = int(self.tokens[row])
+        return tokens - int(self.frame_tokens[self.most_frames[row]] - self.frame_tokens[frames]) if frames else tokens
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """An optimizer step: its packs, dearest last, and the sum of their loss weights."""
+    """An optimizer step.
 
-    packs: tuple[Pack, ...]
-    weight_sum: float
-    num_samples: int
-
-
-@dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """All steps of one epoch."""
+    Attributes:
+        epoch, number: its place; steps count within the epoch.
+        packs: `packs_per_step`, by rising cost; the epoch's last step may end with empty ones.
+        costs: modeled work of each pack.
+        weight_sum: sum of the samples' loss weights.
+        consumed: samples of the epoch up to and with this step.
+        state: continues the plan behind this step; plain numbers and lists.
+    """
 
     epoch: int
-    steps: tuple[PlannedStep, ...]
+    number: int
+    packs: tuple[Pack, ...]
+    costs: tuple[float, ...]
+    weight_sum: float
+    consumed: int
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +82,10 @@ class PlanSettings:
         packs_per_step: packs of an optimizer step over all ranks.
         max_tokens, max_tiles: caps of a pack.
         pool_size: samples the planner holds.
-        seed: of order and groups.
+        seed: of order, frames and groups.
         reduction: reweighting rule, which decides the normaliser.
         repeat_rule: see `epoch_order`.
+        cost: modeled work, by which packs are grouped.
         epochs: passes over the data in the run; None where only steps count.
     """
 
@@ -59,103 +96,178 @@ class PlanSettings:
     seed: int
     reduction: str
     repeat_rule: RepeatRule = "random"
+    cost: Cost = (1.0e9, 4.3e4, 0.73e12)
     epochs: int | None = None
 
 
 class TrainingPlan:
-    """Plans epochs over rows laid end to end.
+    """Plans epochs.
 
     Args:
-        tokens, labels, tiles: of every row, `[n]`.
-        sizes: rows of each dataset.
-        repeats: `repeat_time` of each dataset.
+        rows: of the mixture's datasets.
+        mixture: samples of each dataset in an epoch.
         settings: see `PlanSettings`.
 
     Raises:
         ValueError: there is no sample to train on, or packs_per_step is below 1.
     """
 
-    def __init__(
-        self,
-        tokens: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        tiles: NDArray[np.int64],
-        *,
-        sizes: Sequence[int],
-        repeats: Sequence[float],
-        settings: PlanSettings,
-    ) -> None:
+    def __init__(self, rows: PlanRows, mixture: Sequence[Share], settings: PlanSettings) -> None:
         if settings.packs_per_step < 1:
             raise ValueError(f"data.packs_per_step={settings.packs_per_step} must be at least 1")
-        self.samples_per_epoch = epoch_size(sizes, repeats)
+        self.samples_per_epoch = epoch_size(mixture)
         if self.samples_per_epoch == 0:
             raise ValueError("there is no row to train on: every row was rejected, or every repeat_time is too small")
-        self.tokens, self.labels, self.tiles = tokens, labels, tiles
-        self.sizes, self.repeats, self.settings = tuple(sizes), tuple(repeats), settings
+        self.rows, self.mixture, self.settings = rows, tuple(mixture), settings
 
-    def epoch(self, epoch: int) -> EpochPlan:
-        """All steps of `epoch`.
+    def epoch(self, epoch: int, state: dict[str, Any] | None = None) -> Iterator[PlannedStep]:
+        """The steps of `epoch`, or those behind the step that `state` came with.
 
         Raises:
             ValueError: a step without a single label, whose normaliser would be 0.
         """
         settings = self.settings
-        order = epoch_order(self.sizes, self.repeats, seed=settings.seed, epoch=epoch, rule=settings.repeat_rule)
-        rows = order % len(self.tokens)
-        planner = PackPlanner(
+        order = epoch_order(self.mixture, seed=settings.seed, epoch=epoch, rule=settings.repeat_rule)
+        frames, tokens, tiles = self._sizes(order, epoch)
+        planner = self._planner(epoch)
+        step, consumed = 0, 0
+        if state is not None:
+            step, consumed = state["step"], state["consumed"]
+            planner.load_state_dict(state["planner"])
+        packs = planner.plan(tokens, tiles)
+        while group := list(islice(packs, settings.packs_per_step)):
+            consumed += sum(len(pack.samples) for pack in group)
+            costs = [planner.pack_cost(pack.samples, tokens, tiles) for pack in group]
+            named = [_with_numbers(pack, order, frames) for pack in group]
+            missing = settings.packs_per_step - len(group)
+            yield PlannedStep(
+                epoch,
+                step,
+                (*named, *[EMPTY_PACK] * missing),
+                (*costs, *[0.0] * missing),
+                self._weight_sum(named, epoch, step),
+                consumed,
+                {"step": step + 1, "consumed": consumed, "planner": planner.state_dict()},
+            )
+            step += 1
+
+    def _planner(self, epoch: int) -> PackPlanner:
+        settings = self.settings
+        return PackPlanner(
             settings.max_tokens,
             settings.max_tiles,
             pool_size=settings.pool_size,
             world_size=settings.packs_per_step,
             seed=settings.seed + epoch,
+            cost=settings.cost,
         )
-        packs = [
-            Pack(tuple(int(order[sample]) for sample in pack.samples), pack.tokens, pack.tiles)
-            for pack in planner.plan(self.tokens[rows].tolist(), self.tiles[rows].tolist())
-        ]
-        size = settings.packs_per_step
-        steps = [self._step(epoch, packs[start : start + size]) for start in range(0, len(packs), size)]
-        return EpochPlan(epoch, tuple(steps))
 
-    def _step(self, epoch: int, packs: list[Pack]) -> PlannedStep:
-        labels = [int(self.labels[sample % len(self.labels)]) for pack in packs for sample in pack.samples]
-        weight_sum = float(sum(sample_weight(count, self.settings.reduction) for count in labels))
+    def _sizes(
+        self, order: NDArray[np.int64], epoch: int
+    ) -> tuple[NDArray[np.int16] | None, NDArray[np.int32], NDArray[np.int32]]:
+        """Frames (None without videos), tokens and tiles of each sample of the epoch, in its order."""
+        rows = order % len(self.rows)
+        tokens, tiles = self.rows.tokens[rows], self.rows.tiles[rows]
+        most = self.rows.most_frames[rows]
+        if not most.any():
+            return None, tokens, tiles
+        frames = draw_frames(order, self.rows.fewest_frames[rows], most, seed=self.settings.seed, epoch=epoch)
+        tokens -= (self.rows.frame_tokens[most] - self.rows.frame_tokens[frames]).astype(tokens.dtype)
+        tiles -= most - frames
+        return frames, tokens, tiles
+
+    def _weight_sum(self, packs: Sequence[Pack], epoch: int, step: int) -> float:
+        samples = np.concatenate([pack.samples for pack in packs])
+        labels = self.rows.labels[samples % len(self.rows)]
+        weight_sum = float(sum(sample_weight(int(count), self.settings.reduction) for count in labels))
         if weight_sum == 0.0:
             raise ValueError(
-                f"epoch {epoch}: a step of {len(labels)} samples has no label to train on. Rows without an answer "
-                "teach nothing: remove them, or raise data.packs_per_step"
+                f"epoch {epoch}, step {step}: its {len(labels)} samples have no label to train on. Rows without an "
+                "answer teach nothing: remove them, or raise data.packs_per_step"
             )
-        missing = self.settings.packs_per_step - len(packs)
-        return PlannedStep((*packs, *[EMPTY_PACK] * missing), weight_sum, len(labels))
+        return weight_sum
 
-    def deal(self, plan: EpochPlan, rank: int, world_size: int, *, start_step: int = 0) -> Iterator[PlannedPack]:
+    def deal(self, steps: Iterable[PlannedStep], rank: int, world_size: int) -> Iterator[PlannedPack]:
         """The packs of one rank, in order: micro-step m of a step takes its pack m * R + rank.
 
         Args:
-            plan: of an epoch.
+            steps: of an epoch.
             rank: of R data-parallel ranks.
             world_size: R; must divide packs_per_step (see `accumulation`).
-            start_step: steps of the epoch already trained.
         """
         micro_steps = accumulation(self.settings.packs_per_step, world_size)
-        consumed = np.cumsum([step.num_samples for step in plan.steps])
         total = self.samples_per_epoch * (self.settings.epochs or 1)
-        before = plan.epoch * self.samples_per_epoch
-        for number in range(start_step, len(plan.steps)):
-            step = plan.steps[number]
-            progress = min(1.0, (before + int(consumed[number])) / total)
+        for step in steps:
+            progress = min(1.0, (step.epoch * self.samples_per_epoch + step.consumed) / total)
+            idle = idle_share(step.costs, world_size)
             for micro in range(micro_steps):
-                pack = step.packs[micro * world_size + rank]
                 yield PlannedPack(
-                    pack,
-                    plan.epoch,
-                    number,
+                    step.packs[micro * world_size + rank],
+                    step.epoch,
+                    step.number,
                     micro,
                     micro_steps,
                     self.settings.packs_per_step,
                     step.weight_sum,
                     progress,
+                    idle,
                 )
+
+    def fewest_steps(self) -> float:
+        """Steps of an epoch that no plan can fall below: the fuller of the two caps, filled to the last place."""
+        tokens = tiles = 0.0
+        start = 0
+        for share in self.mixture:
+            rows = slice(start, start + share.rows)
+            start += share.rows
+            if not share.rows:
+                continue
+            spare = (self.rows.most_frames[rows] - self.rows.fewest_frames[rows]) / 2
+            most = self.rows.tokens[rows].sum(dtype=np.float64) - spare.sum() * self._tokens_per_frame
+            tokens += most / share.rows * share.samples
+            tiles += (self.rows.tiles[rows].sum(dtype=np.float64) - spare.sum()) / share.rows * share.samples
+        packs = max(tokens / self.settings.max_tokens, tiles / max(self.settings.max_tiles, 1))
+        return packs / self.settings.packs_per_step
+
+    @property
+    def _tokens_per_frame(self) -> float:
+        table = self.rows.frame_tokens
+        return float(table[-1]) / max(len(table) - 2, 1) if len(table) else 0.0
+
+
+def draw_frames(
+    samples: NDArray[np.int64], fewest: NDArray[np.int16], most: NDArray[np.int16], *, seed: int, epoch: int
+) -> NDArray[np.int16]:
+    """A number of frames for each sample, uniform in [fewest, most], from (seed, epoch, sample) alone.
+
+    The sample's number is hashed (SplitMix64), so that it does not matter which samples there are besides.
+    """
+    with np.errstate(over="ignore"):
+        bits = np.asarray(samples).astype(np.uint64)
+        for salt in (seed, epoch):
+            bits = (bits ^ np.uint64(salt)) + np.uint64(0x9E3779B97F4A7C15)
+            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            bits ^= bits >> np.uint64(31)
+    choices = (most - fewest + 1).astype(np.uint64)
+    return (fewest + (bits % choices).astype(np.int16)).astype(np.int16)
+
+
+def _with_numbers(pack: Pack, order: NDArray[np.int64], frames: NDArray[np.int16] | None) -> Pack:
+    """The pack with sample numbers in place of places in the order, and each sample's frames."""
+    places = list(pack.samples)
+    drawn = () if frames is None else tuple(frames[places].tolist())
+    return replace(pack, samples=tuple(order[places].tolist()), frames=drawn if any(drawn) else ())
+
+
+def idle_share(costs: Sequence[float], world_size: int) -> float:
+    """Share of R ranks' time that is spent waiting for the slowest, where R packs at a time run side by side.
+
+    With costs 2 and 4 on two ranks: both take 4, so 2 of 8 are idle, 0.25.
+    """
+    rounds = np.asarray(costs).reshape(-1, world_size)
+    busy = world_size * rounds.max(axis=1).sum()
+    return float(1 - rounds.sum() / busy) if busy else 0.0
 
 
 def accumulation(packs_per_step: int, world_size: int) -> int:
@@ -173,22 +285,14 @@ def accumulation(packs_per_step: int, world_size: int) -> int:
 
 
 def fixed_plan(
-    tokens: Sequence[int],
-    labels: Sequence[int],
-    tiles: Sequence[int],
-    *,
-    max_tokens: int,
-    max_tiles: int,
-    reduction: str,
-    rank: int,
-    world_size: int,
+    rows: PlanRows, *, max_tokens: int, max_tiles: int, reduction: str, rank: int, world_size: int
 ) -> list[PlannedPack]:
     """Validation packs of one rank: rows in file order, no repeats; the packs are the same on any layout.
 
     Every rank gets the same number, empty packs at the end, so that forwards match.
     """
-    packs = list(PackPlanner(max_tokens, max_tiles).plan(tokens, tiles))
-    weight_sum = float(sum(sample_weight(int(count), reduction) for count in labels))
+    packs = list(PackPlanner(max_tokens, max_tiles).plan(rows.tokens, rows.tiles))
+    weight_sum = float(sum(sample_weight(int(count), reduction) for count in rows.labels))
     packs += [EMPTY_PACK] * (-len(packs) % world_size)
     return [
         PlannedPack(pack, 0, number, 0, 1, world_size, weight_sum, 0.0)

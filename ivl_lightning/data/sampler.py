@@ -1,8 +1,9 @@
-"""A sampler over items that were planned and dealt beforehand."""
+"""Samplers over items that were dealt beforehand, and the loader that goes with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
@@ -16,27 +17,59 @@ class FixedSampler(DistributedSampler[Any]):
 
     Args:
         items: what the loader hands to the dataset, in order.
-        length: reported length where `items` is only the rest of an epoch; Lightning counts batches of the epoch.
     """
 
-    def __init__(self, items: Sequence[Any], length: int | None = None) -> None:
+    def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
-        self.length = len(items) if length is None else length
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.items)
+
+
+class StreamSampler(DistributedSampler[Any]):
+    """Yields items while they are planned; how many there will be is not known.
+
+    Args:
+        items: this rank's own, as `FixedSampler`'s.
+    """
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        # What Python says of a stream, and what Lightning takes for "unknown".
+        raise TypeError("a stream of planned packs has no length")
 
 
 class PlannedLoader(DataLoader[Any]):
-    """A loader that continues where a checkpoint stopped.
+    """A loader that continues where a checkpoint stopped, and says how long training waited for it.
 
     The data module keeps the position and gives a fresh loader the rest of the epoch, so there is no state here; its
     presence tells Lightning that continuing in the middle of an epoch is safe.
+
+    Attributes:
+        waited: seconds spent waiting for batches so far.
     """
+
+    waited = 0.0
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see above."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,13 @@ from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGener
 
 from ivl_lightning.checkpoints.weights import full_state_dict, save_weights
 from ivl_lightning.config.check import ConfigError, load
-from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.config.schema import Part, RunConfig
 from ivl_lightning.constants import WEIGHTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.models.build import build_config, build_model
+from ivl_lightning.models.cost import training_cost
 from ivl_lightning.models.parts import patch_size, tile_size
 from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
 from ivl_lightning.stages.supervised import SupervisedStage
@@ -173,7 +175,14 @@ def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> D
         seed=config.seed,
         patch_size=patch_size(shapes),
         downsample_ratio=shapes.downsample_ratio,
+        cost=training_cost(shapes, trained_parts(config), recompute=config.model.activation_checkpointing),
     )
+
+
+def trained_parts(config: RunConfig) -> Sequence[Part]:
+    """Parts that get gradients: the configured ones, or the stage's own choice."""
+    stage_class: type[SupervisedStage] = get_class(config.stage._target_)
+    return config.stage.trainable or stage_class.default_trainable
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SupervisedStage:

@@ -82,7 +82,7 @@ class SupervisedStage(L.LightningModule):
         self.val_scores = nn.ModuleList()
         self._score_names: list[str] = []
         self.progress = 0.0
-        self._step_sum: Tensor | None = None
+        self._step_sums: Tensor | None = None
 
     @property
     def reduction(self) -> str:
@@ -165,23 +165,29 @@ class SupervisedStage(L.LightningModule):
         """Loss of one micro-batch, scaled so that the step's gradient is that of (sum of S) / W."""
         assert self.root is not None
         planned = batch.planned
-        weighted_sum, _ = self.root(batch)
+        weighted_sum, token_losses = self.root(batch)
         self.progress = planned.progress
-        self._log_step(weighted_sum.detach(), batch)
+        self._log_step(weighted_sum.detach(), token_losses.detach(), batch)
         return self.loss_head.normalise(weighted_sum, batch.loss_weights, planned.weight_sum, planned.packs_per_step)
 
-    def _log_step(self, weighted_sum: Tensor, batch: PackedBatch) -> None:
-        """Add up S over the step's micro-batches; log (sum of S) / W over all ranks with its last one."""
+    def _log_step(self, weighted_sum: Tensor, token_losses: Tensor, batch: PackedBatch) -> None:
+        """Add up S over the step's micro-batches; with its last one log (sum of S) / W, and each dataset's own."""
         planned = batch.planned
-        self._step_sum = (
-            weighted_sum if planned.micro_step == 0 or self._step_sum is None else self._step_sum + weighted_sum
-        )
+        names = datamodule_of(self.trainer).mixture_names
+        sums = torch.cat([weighted_sum.float().reshape(1), *_sums_by_dataset(token_losses, batch, len(names))])
+        self._step_sums = sums if planned.micro_step == 0 or self._step_sums is None else self._step_sums + sums
         if planned.micro_step + 1 < planned.num_micro_steps:
             return
-        total = self.trainer.strategy.reduce(self._step_sum, reduce_op="sum")
-        self.log("train/loss", total / planned.weight_sum, prog_bar=True, batch_size=1)
+        total = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
+        self._step_sums = None
+        self.log("train/loss", total[0] / planned.weight_sum, prog_bar=True, batch_size=1)
         self.log("train/progress", planned.progress, batch_size=1)
-        self._step_sum = None
+        if len(names) == 1:
+            return
+        losses, weights = total[1:].reshape(2, -1).tolist()
+        for name, loss, weight in zip(names, losses, weights, strict=True):
+            if weight:
+                self.log(f"train/loss/{name}", loss / weight, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the trainable parameters, by part, with warm-up and cosine."""
@@ -259,6 +265,14 @@ class SupervisedStage(L.LightningModule):
             self.log(f"val/exact_match/{name}", score, sync_dist=True)
         if scores:
             self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
+
+
+def _sums_by_dataset(token_losses: Tensor, batch: PackedBatch, datasets: int) -> tuple[Tensor, Tensor]:
+    """Sum of weight x loss and of weights of each dataset, `[datasets]` each."""
+    weights = batch.loss_weights.float()
+    empty = torch.zeros(datasets, device=weights.device)
+    losses = empty.index_add(0, batch.loss_datasets, token_losses.float() * weights)
+    return losses, empty.index_add(0, batch.loss_datasets, weights)
 
 
 def _chosen(own: float | None, common: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -14,9 +15,10 @@ from ivl_lightning.constants import IGNORE_INDEX
 from ivl_lightning.data.corpus import hold_back
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.dataset import prompt_groups
-from ivl_lightning.data.encoding import tokens_per_tile
+from ivl_lightning.data.encoding import RowEncoder
+from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger, TooManyRejectsError
-from ivl_lightning.structures import Reject
+from ivl_lightning.structures import Reject, RowError
 from tests import tiny
 
 FAULTS = Path(__file__).parents[1] / "fixtures/faults"
@@ -214,26 +216,38 @@ def test_a_row_over_a_cap(meta, tokenizer, policy, rows):
     assert over == (set() if policy == "shrink" else {"over_length"})
 
 
-def test_truncation_cuts_text_at_the_cap(meta, tokenizer):
-    """All text rows are cut to 40 tokens; an image row is kept only if its slots end before the cut."""
+def test_a_row_without_a_label_is_rejected(meta, tokenizer):
+    """Cut at 70 tokens text rows end inside the system turn, picture rows inside a picture: nothing is trained."""
     data = tiny.tiny_data_config(meta, max_sample_tokens=70, over_length="truncate", reject_limit=1.0)
     built = DynamicPackingDataModule(data, tokenizer, patch_size=tiny.PATCH_SIZE)
-    built.setup("fit")
-    with pytest.raises(ValueError, match=r"no label to train on"):
-        built.train_dataloader()
+    with pytest.raises(ValueError, match=r"no row to train on"):
+        built.setup("fit")
+    reasons = {(line.dataset, line.reason) for line in built.train_corpus.rejects}
+    assert reasons == {("text", "no_label"), ("pictures", "over_length")}
 
 
 def test_a_cut_inside_an_image_rejects(meta, tokenizer):
-    """A cap right behind the last image slot of row 1 keeps the row, one token less rejects it."""
+    """Row 1 has its question behind the image: cut in the answer it is kept, cut in the image it is rejected.
+
+    Cut between the two it is rejected as well, since nothing of the answer is left.
+    """
     corpus = module(meta, tokenizer).train_corpus
     dataset, record = corpus.locate(1)
     ids = corpus.encoders[dataset].encode(record, None).input_ids
     end = len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    cut = module(meta, tokenizer, max_sample_tokens=end, over_length="truncate", reject_limit=1.0).train_corpus
-    kept = {cut.locate(row)[1].id: int(cut.column("tokens")[row]) for row in range(len(cut))}
-    assert kept[record.id] == end
-    less = module(meta, tokenizer, max_sample_tokens=end - 1, over_length="truncate", reject_limit=1.0).train_corpus
-    assert record.id not in {less.locate(row)[1].id for row in range(len(less))}
+
+    whole = corpus.encoders[dataset]
+
+    def decision(cap):
+        limits = replace(whole.settings, max_tokens=cap, over_length="truncate")
+        try:
+            return RowEncoder(whole.spec, whole.reader, tokenizer, limits).measure(record).tokens
+        except RowError as error:
+            return error.reason
+
+    assert decision(len(ids) - 2) == len(ids) - 2
+    assert decision(end) == "no_label"
+    assert decision(end - 1) == "over_length"
 
 
 def test_the_trainer_gets_its_accumulation(meta, tokenizer):
@@ -250,9 +264,14 @@ def test_the_trainer_gets_its_accumulation(meta, tokenizer):
 
 
 def test_a_position_continues_and_a_changed_plan_is_refused(meta, tokenizer):
+    """The state behind the first step, as JSON, gives the other steps; another packs_per_step is another plan."""
     data = module(meta, tokenizer, packs_per_step=2)
-    whole = [batch.sample_ids for batch in data.train_dataloader()]
-    state = {**data.state_dict(), "epoch": 0, "step": 1}
+    whole = []
+    for number, batch in enumerate(data.train_dataloader()):
+        whole.append(batch.sample_ids)
+        if number < 2:
+            data.position.consume(batch.planned)
+    state = json.loads(json.dumps(data.state_dict()))
     again = module(meta, tokenizer, packs_per_step=2)
     again.load_state_dict(state)
     assert [batch.sample_ids for batch in again.train_dataloader()] == whole[2:]

@@ -1,0 +1,66 @@
+"""Rows a person has decided to leave out: the list that `ivl-audit drop=FILE` writes and the index honors.
+
+One JSON object per line: `dataset`, `line`, `id`, `digest` (the row's bytes, 16 hexadecimal digits), `rule`, `message`.
+A row is known by its dataset and digest, so a list stays right when lines move, and a row that was mended comes back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ivl_lightning.data.index import DatasetIndex
+from ivl_lightning.data.measuring import digest_number
+from ivl_lightning.structures import Reject
+
+EXCLUDED = "excluded"
+
+Exclusions = dict[str, dict[int, dict[str, object]]]
+"""Dataset -> digest -> line of the list."""
+
+
+def read_exclusions(path: str) -> Exclusions:
+    """Read an exclusion list.
+
+    Raises:
+        ValueError: the file cannot be read, or a line lacks `dataset` or `digest`; names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"data.exclude={path} cannot be read ({error.strerror}): write it with ivl-audit") from error
+    exclusions: Exclusions = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            exclusions.setdefault(str(entry["dataset"]), {})[digest_number(entry["digest"])] = entry
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number} is no line of an exclusion list ({type(error).__name__}: {error}): it needs "
+                '"dataset" and "digest"; write the list with ivl-audit drop=FILE'
+            ) from error
+    return exclusions
+
+
+def without_excluded(index: DatasetIndex, exclusions: Exclusions) -> DatasetIndex:
+    """The index without its excluded rows, which become rejects that do not count against the limit."""
+    listed = exclusions.get(index.name)
+    if not listed:
+        return index
+    hit = np.isin(index.columns["digest"], np.fromiter(listed, dtype=np.uint64))
+    entries = [listed[int(digest)] for digest in index.columns["digest"][hit]]
+    rejects = tuple(
+        _reject(index, int(line), entry) for line, entry in zip(index.columns["line"][hit], entries, strict=True)
+    )
+    kept = index.select(~hit)
+    return replace(kept, rejects=(*index.rejects, *rejects))
+
+
+def _reject(index: DatasetIndex, line: int, entry: dict[str, object]) -> Reject:
+    known = entry.get("id")
+    message = f"on the exclusion list by rule {entry.get('rule')}: {entry.get('message')}"
+    name = None if known is None else str(known)
+    return Reject(index.name, index.file, line, name, EXCLUDED, message, counted=False)
