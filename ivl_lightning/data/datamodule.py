@@ -39,7 +39,7 @@ from ivl_lightning.data.position import (
 )
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
 from ivl_lightning.data.templates import get_template
-from ivl_lightning.structures import PackedBatch, PromptBatch
+from ivl_lightning.structures import PackedBatch, PlannedPack, PromptBatch
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -219,10 +219,13 @@ class DynamicPackingDataModule(L.LightningDataModule):
                 mixture = saved_mixture(resumed)
                 check_datasets(mixture, self.train_corpus)
         plan = self._plan(mixture)
-        steps = iter(()) if resumed and state and not is_mid_epoch(resumed) else plan.epoch(epoch, state)
+        finished = resumed is not None and state is not None and not is_mid_epoch(resumed)
         self.position.epoch, self.position.state = epoch, state
-        followed = self.position.follow(self._counted(steps, plan))
-        packs = plan.deal(followed, self._rank, self._world_size)
+
+        def packs() -> Iterator[PlannedPack]:
+            steps = iter(()) if finished else self._counted(plan.epoch(epoch, state), plan)
+            return plan.deal(self.position.follow(steps), self._rank, self._world_size)
+
         corpus = self.train_corpus.view(self.mixture_names)
         dataset = self._pack_dataset(corpus, augmentation_seed=self.seed, left_out=self.ledger.rows())
         self._loader_in_use = self._loader(dataset, StreamSampler(packs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
@@ -34,15 +34,15 @@ class StreamSampler(DistributedSampler[Any]):
     """Yields items while they are planned; how many there will be is not known.
 
     Args:
-        items: this rank's own, as `FixedSampler`'s.
+        plan: begins the stream of this rank's own items anew. Lightning may begin an epoch's loader twice.
     """
 
-    def __init__(self, items: Iterable[Any]) -> None:
-        self.items = items
+    def __init__(self, plan: Callable[[], Iterator[Any]]) -> None:
+        self.plan = plan
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
+        return self.plan()
 
     def __len__(self) -> int:
         # What Python says of a stream, and what Lightning takes for "unknown".

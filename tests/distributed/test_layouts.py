@@ -66,8 +66,9 @@ def test_layout_changes_nothing(results, world_size, case):
         torch.testing.assert_close(gradient, wanted["gradients"][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("case", TWO_RANKS)
+@pytest.mark.parametrize("case", [case for case in TWO_RANKS if "micro_batch" not in case])
 def test_validation_is_the_same_on_two_ranks(results, case):
+    """After the same three steps; the official normaliser takes other steps on another layout."""
     ours = results[2][case]["validation"]
     wanted = results[1]["/".join(["single", *case.split("/")[1:]])]["validation"]
     assert ours.keys() == wanted.keys()

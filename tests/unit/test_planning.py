@@ -1,25 +1,38 @@
-"""Mixture, packs and plan: nothing lost or doubled, caps never broken, the same plan on any layout."""
+"""Mixture and plan: nothing lost or doubled, the same plan on any layout, continuation equal at every cut."""
 
+import json
+import pickle
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_lightning.data.mixture import epoch_order, epoch_size
-from ivl_lightning.data.packing import PackPlanner
-from ivl_lightning.data.plan import PlanSettings, TrainingPlan, accumulation, fixed_plan
+from ivl_lightning.data.horizon import Horizon, horizon, write_steps
+from ivl_lightning.data.mixture import Share, epoch_order, epoch_size, shares
+from ivl_lightning.data.plan import (
+    PlanRows,
+    PlanSettings,
+    TrainingPlan,
+    accumulation,
+    draw_frames,
+    fixed_plan,
+    idle_share,
+)
 from ivl_lightning.reweighting import sample_weight
 
-SAMPLES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 8)), min_size=1, max_size=120)
+
+def of_sizes(sizes, repeats, **options):
+    return shares([f"set{number}" for number in range(len(sizes))], sizes, repeats, **options)
 
 
 def test_repeat_times_by_hand():
     """Sizes 5, 4, 3 with repeat 0.6, 1, 2.5: int(3.0) + 4 + int(7.5) = 14 samples; rows 9..11 twice, one thrice."""
-    assert epoch_size([5, 4, 3], [0.6, 1, 2.5]) == 14
-    order = epoch_order([5, 4, 3], [0.6, 1, 2.5], seed=0, epoch=0)
+    mixture = of_sizes([5, 4, 3], [0.6, 1, 2.5])
+    assert [share.samples for share in mixture] == [3, 4, 7]
+    assert epoch_size(mixture) == 14
+    order = epoch_order(mixture, seed=0, epoch=0)
     rows = Counter((order % 12).tolist())
     assert len(order) == len(set(order.tolist())) == 14
     assert sum(rows[row] for row in range(5)) == 3
@@ -27,78 +40,48 @@ def test_repeat_times_by_hand():
     assert sorted(rows[row] for row in range(9, 12)) == [2, 2, 3]
 
 
+HALF = of_sizes([40], [0.5])
+
+
 def test_a_fraction_is_new_in_each_epoch_or_the_head():
     """`random`: other rows in other epochs, the same in the same; `prefix`: the first int(n * r) of the file."""
-    draws = {tuple(sorted(epoch_order([40], [0.5], seed=1, epoch=epoch))) for epoch in range(5)}
+    draws = {tuple(sorted(epoch_order(HALF, seed=1, epoch=epoch))) for epoch in range(5)}
     assert len(draws) == 5
-    assert np.array_equal(epoch_order([40], [0.5], seed=1, epoch=3), epoch_order([40], [0.5], seed=1, epoch=3))
-    assert sorted(epoch_order([40], [0.5], seed=1, epoch=3, rule="prefix")) == list(range(20))
+    assert np.array_equal(epoch_order(HALF, seed=1, epoch=3), epoch_order(HALF, seed=1, epoch=3))
+    assert sorted(epoch_order(HALF, seed=1, epoch=3, rule="prefix")) == list(range(20))
 
 
-@settings(deadline=None)
-@given(SAMPLES, st.integers(1, 64), st.integers(1, 5), st.integers(0, 3))
-def test_packs_lose_nothing_and_break_no_cap(samples, pool_size, world_size, seed):
-    tokens, tiles = zip(*samples, strict=True)
-    packs = list(PackPlanner(100, 8, pool_size, world_size, seed).plan(tokens, tiles))
-    assert sorted(sample for pack in packs for sample in pack.samples) == list(range(len(samples)))
-    for pack in packs:
-        assert pack.samples
-        assert pack.tokens == sum(tokens[s] for s in pack.samples) <= 100
-        assert pack.tiles == sum(tiles[s] for s in pack.samples) <= 8
-
-
-@settings(deadline=None, max_examples=40)
-@given(SAMPLES, st.integers(1, 16), st.integers(1, 4), st.integers(0, 40))
-def test_planner_continues_at_every_cut(samples, pool_size, world_size, cut):
-    """State after k packs, loaded into a fresh planner, gives the packs k, k+1, ... of the uncut run."""
-    tokens, tiles = zip(*samples, strict=True)
-    whole = list(PackPlanner(100, 8, pool_size, world_size).plan(tokens, tiles))
-    first = PackPlanner(100, 8, pool_size, world_size)
-    stream = first.plan(tokens, tiles)
-    head = list(islice(stream, cut))
-    second = PackPlanner(100, 8, pool_size, world_size, seed=99)
-    second.load_state_dict(first.state_dict())
-    assert head + list(second.plan(tokens, tiles)) == whole
-
-
-def test_the_oldest_sample_is_in_the_next_pack():
-    """A sample that fits nowhere (99 of 100 tokens) among many small ones is not overtaken for ever."""
-    tokens = [50, 99] + [1] * 200
-    packs = list(PackPlanner(100, 0, pool_size=10).plan(tokens, [0] * len(tokens)))
-    assert 0 in packs[0].samples
-    assert 1 in packs[1].samples
-
-
-def test_groups_have_like_cost():
-    """Packs of 1 token and of 100 alternate on arrival; in groups of two like stands with like."""
-    tokens = [1, 100] * 16
-    planner = PackPlanner(100, 0, pool_size=1, world_size=2)
-    packs = [pack.tokens for pack in planner.plan(tokens, [0] * 32)]
-    assert all(packs[i] == packs[i + 1] for i in range(0, 32, 2))
-    assert packs != sorted(packs), "groups are shuffled"
-
-
-def test_a_sample_over_a_cap_is_named():
-    with pytest.raises(ValueError, match="sample 1 has 11 tokens and 0 tiles, a pack holds 10 and 4"):
-        list(PackPlanner(10, 4).plan([3, 11], [0, 0]))
-
-
-def make_plan(packs_per_step=4, reduction="square", **changes):
+def make_rows(count=100, videos=True):
     rng = np.random.default_rng(0)
-    tokens, labels, tiles = rng.integers(1, 60, 100), rng.integers(1, 9, 100), rng.integers(0, 4, 100)
+    most = np.where(rng.random(count) < 0.3, rng.integers(1, 5, count), 0).astype(np.int16) * videos
+    fewest = np.minimum(most, 1 + rng.integers(0, 2, count)).astype(np.int16)
+    return PlanRows(
+        tokens=(rng.integers(20, 60, count) + 6 * most).astype(np.int32),
+        labels=rng.integers(1, 9, count).astype(np.int32),
+        tiles=(most + (most == 0) * rng.integers(0, 4, count)).astype(np.int32),
+        most_frames=most,
+        fewest_frames=fewest,
+        frame_tokens=np.array([0, 0, 5, 10, 15, 21]),
+    )
+
+
+def make_plan(packs_per_step=4, reduction="square", rows=None, **changes):
     options = {"max_tokens": 100, "max_tiles": 8, "pool_size": 16, "seed": 3, **changes}
     plan_settings = PlanSettings(packs_per_step=packs_per_step, reduction=reduction, **options)
-    return TrainingPlan(tokens, labels, tiles, sizes=[60, 40], repeats=[1, 1.5], settings=plan_settings)
+    return TrainingPlan(rows or make_rows(), of_sizes([60, 40], [1, 1.5]), plan_settings)
+
+
+def deal(plan, epoch, rank, world_size):
+    return list(plan.deal(plan.epoch(epoch), rank, world_size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_any_layout_deals_the_same_step(world_size):
     """The union over ranks and micro-steps of a step = its packs; W is the same everywhere."""
     plan = make_plan()
-    epoch = plan.epoch(1)
-    dealt = [list(plan.deal(epoch, rank, world_size)) for rank in range(world_size)]
-    for number, step in enumerate(epoch.steps):
-        mine = [planned for packs in dealt for planned in packs if planned.step == number]
+    dealt = [deal(plan, 1, rank, world_size) for rank in range(world_size)]
+    for step in plan.epoch(1):
+        mine = [planned for packs in dealt for planned in packs if planned.step == step.number]
         assert Counter(planned.pack for planned in mine) == Counter(step.packs)
         assert {planned.weight_sum for planned in mine} == {step.weight_sum}
         assert {planned.num_micro_steps for planned in mine} == {4 // world_size}
@@ -107,29 +90,86 @@ def test_any_layout_deals_the_same_step(world_size):
 def test_the_normaliser_is_the_sum_of_sample_weights():
     """W of a step = sum over its samples of sqrt(labels), for square."""
     plan = make_plan()
-    for step in plan.epoch(0).steps:
+    for step in plan.epoch(0):
         rows = [sample % 100 for pack in step.packs for sample in pack.samples]
-        assert step.weight_sum == pytest.approx(sum(float(plan.labels[row]) ** 0.5 for row in rows))
+        assert step.weight_sum == pytest.approx(sum(float(plan.rows.labels[row]) ** 0.5 for row in rows))
 
 
 def test_an_epoch_uses_every_sample_once():
     plan = make_plan()
-    samples = [s for step in plan.epoch(2).steps for pack in step.packs for s in pack.samples]
-    assert len(samples) == len(set(samples)) == plan.samples_per_epoch == 120
-    assert all(len(step.packs) == 4 for step in plan.epoch(2).steps), "the last step is filled with empty packs"
+    steps = list(plan.epoch(2))
+    samples = [s for step in steps for pack in step.packs for s in pack.samples]
+    assert len(samples) == len(set(samples)) == plan.samples_per_epoch == steps[-1].consumed == 120
+    assert all(len(step.packs) == 4 for step in steps), "the last step is filled with empty packs"
 
 
-def test_starting_in_the_middle_gives_the_rest():
-    plan = make_plan()
-    epoch = plan.epoch(0)
-    whole = list(plan.deal(epoch, 1, 2))
-    assert list(plan.deal(epoch, 1, 2, start_step=3)) == [planned for planned in whole if planned.step >= 3]
+def test_frames_are_drawn_and_counted():
+    """Each pack's tokens and tiles are those of the frames it names, and no draw leaves its row's range."""
+    plan, drawn = make_plan(), Counter()
+    for epoch in range(6):
+        for step in plan.epoch(epoch):
+            for pack in step.packs:
+                rows = [sample % 100 for sample in pack.samples]
+                frames = pack.frames or (0,) * len(rows)
+                tokens = sum(plan.rows.planned_tokens(row, count) for row, count in zip(rows, frames, strict=True))
+                most = plan.rows.most_frames[rows]
+                assert pack.tokens == tokens <= 100
+                assert pack.tiles == int(plan.rows.tiles[rows].sum() - (most - frames).sum()) <= 8
+                assert ((plan.rows.fewest_frames[rows] <= frames) & (frames <= most)).all()
+                drawn.update(frames)
+    assert set(drawn) == {0, 1, 2, 3, 4}
+
+
+def test_a_draw_depends_on_the_sample_alone():
+    """Sample 5 gets the same frames whatever stands beside it; 8 to 11 come up a quarter of the time each."""
+    low, high = np.full(20_000, 8, np.int16), np.full(20_000, 11, np.int16)
+    frames = draw_frames(np.arange(20_000), low, high, seed=1, epoch=2)
+    assert draw_frames(np.array([5]), low[:1], high[:1], seed=1, epoch=2)[0] == frames[5]
+    assert np.allclose(np.bincount(frames, minlength=12)[8:] / 20_000, 0.25, atol=0.02)
+    assert not np.array_equal(frames, draw_frames(np.arange(20_000), low, high, seed=1, epoch=3))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 8)), min_size=2, max_size=120),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_continuation_is_equal_at_every_cut(samples, packs_per_step, pool_size, epoch, data):
+    """The steps behind the state of step k = the steps k+1, k+2, ... of the uncut plan, states included."""
+    tokens, tiles = (np.array(column, dtype=np.int32) for column in zip(*samples, strict=True))
+    zeros = np.zeros(len(samples), dtype=np.int16)
+    rows = PlanRows(tokens, np.ones_like(tokens), tiles, zeros, zeros, np.empty(0, dtype=np.int64))
+    options = PlanSettings(packs_per_step, 100, 8, pool_size, seed=1, reduction="square")
+    whole = list(TrainingPlan(rows, of_sizes([len(samples)], [1.5]), options).epoch(epoch))
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    state = json.loads(json.dumps(whole[cut].state))
+    assert list(TrainingPlan(rows, of_sizes([len(samples)], [1.5]), options).epoch(epoch, state)) == whole[cut + 1 :]
+
+
+def test_a_state_is_a_few_kilobytes():
+    rng = np.random.default_rng(0)
+    size = 5000
+    zeros = np.zeros(size, dtype=np.int16)
+    tokens = rng.integers(50, 9000, size).astype(np.int32)
+    rows = PlanRows(tokens, tokens, rng.integers(0, 30, size).astype(np.int32), zeros, zeros, np.empty(0, np.int64))
+    plan = TrainingPlan(rows, of_sizes([size], [1]), PlanSettings(8, 16384, 48, 512, 0, "square"))
+    assert max(len(pickle.dumps(step.state)) for step in plan.epoch(0)) < 16_384
 
 
 def test_progress_reaches_one_with_the_last_step_of_the_run():
     plan = make_plan(epochs=2)
-    assert list(plan.deal(plan.epoch(0), 0, 1))[-1].progress == pytest.approx(0.5)
-    assert list(plan.deal(plan.epoch(1), 0, 1))[-1].progress == 1.0
+    assert deal(plan, 0, 0, 1)[-1].progress == pytest.approx(0.5)
+    assert deal(plan, 1, 0, 1)[-1].progress == 1.0
+
+
+def test_idle_share_by_hand():
+    """Two ranks: (2, 4) then (5, 5): they take 4 and 5, so 18 are paid and 16 worked. One rank never waits."""
+    assert idle_share([2, 4, 5, 5], 2) == pytest.approx(1 - 16 / 18)
+    assert idle_share([2, 4, 5, 5], 1) == 0.0
+    assert idle_share([0.0, 0.0], 2) == 0.0
 
 
 def test_ranks_must_divide_a_step():
@@ -138,26 +178,76 @@ def test_ranks_must_divide_a_step():
         accumulation(6, 4)
 
 
-def test_a_step_without_a_label_is_refused():
+def ones_plan(labels, repeats):
+    ones, zeros = np.ones(3, dtype=np.int32), np.zeros(3, dtype=np.int16)
     options = PlanSettings(packs_per_step=1, max_tokens=9, max_tiles=1, pool_size=4, seed=0, reduction="token")
-    ones = np.ones(3, dtype=np.int64)
-    plan = TrainingPlan(ones, ones * 0, ones * 0, sizes=[3], repeats=[1], settings=options)
+    rows = PlanRows(ones, labels * ones, 0 * ones, zeros, zeros, np.empty(0, dtype=np.int64))
+    return TrainingPlan(rows, of_sizes([3], repeats), options)
+
+
+def test_a_step_without_a_label_is_refused():
     with pytest.raises(ValueError, match="no label to train on"):
-        plan.epoch(0)
+        list(ones_plan(0, [1]).epoch(0))
     with pytest.raises(ValueError, match="no row to train on"):
-        TrainingPlan(ones, ones, ones, sizes=[3], repeats=[0.1], settings=options)
+        ones_plan(1, [0.1])
+
+
+def test_weights_part_the_epoch():
+    """100 + 300 samples at 3 : 1 are 300 of the first (each row three times) and 100 of the other (a third of it)."""
+    mixture = of_sizes([100, 300], [1, 1], weights={"set0": 3, "set1": 1})
+    assert [share.samples for share in mixture] == [300, 100]
+    rows = Counter((epoch_order(mixture, seed=0, epoch=0) % 400).tolist())
+    assert all(rows[row] == 3 for row in range(100))
+    assert sum(rows[row] for row in range(100, 400)) == 100
+    assert [share.samples for share in of_sizes([1, 1, 1], [1, 1, 1], weights={"set0": 1, "set1": 1, "set2": 0})] == [
+        2,
+        1,
+        0,
+    ]
+
+
+def test_sqrt_resampling():
+    """sqrt(100) : sqrt(900) = 1 : 3 of 1000 samples."""
+    assert [share.samples for share in of_sizes([100, 900], [1, 1], resampling="sqrt")] == [250, 750]
+    assert [share.samples for share in of_sizes([50, 900], [2, 1], resampling="sqrt")] == [250, 750]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"set0": 1}, r"without a weight are \['set1'\]"), ({"set0": 1, "set1": -1}, "none may be negative")],
+)
+def test_wrong_weights_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        of_sizes([3, 3], [1, 1], weights=weights)
+
+
+def test_the_horizon_is_known_at_the_start(tmp_path):
+    """`max_steps`; else an earlier pass; else the lower bound: 100 rows, packs of 100 tokens, 4 packs a step."""
+    plan = make_plan(rows=make_rows(videos=False))
+    assert horizon(plan, max_steps=7, epochs=2, cache_dir=tmp_path) == Horizon(7, estimated=False)
+    assert horizon(plan, max_steps=-1, epochs=None, cache_dir=tmp_path) is None
+    tokens = plan.rows.tokens[:60].sum() + 1.5 * plan.rows.tokens[60:].sum()
+    estimate = horizon(plan, max_steps=None, epochs=1, cache_dir=tmp_path)
+    assert estimate == Horizon(int(np.ceil(tokens / 100 / 4 / 0.998)), estimated=True)
+    write_steps(plan, tmp_path, 11)
+    assert horizon(plan, max_steps=-1, epochs=2, cache_dir=tmp_path) == Horizon(22, estimated=False)
+    other = make_plan(rows=make_rows(videos=False), max_tokens=99)
+    assert horizon(other, max_steps=-1, epochs=2, cache_dir=tmp_path).estimated, "packs of another size"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_packs_are_the_same_on_any_layout(world_size):
-    tokens, labels, tiles = [40] * 11, [4] * 11, [1] * 11
-    shares = [
-        fixed_plan(
-            tokens, labels, tiles, max_tokens=100, max_tiles=8, reduction="square", rank=rank, world_size=world_size
-        )
-        for rank in range(world_size)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    packs = sorted(planned.pack.samples for share in shares for planned in share if planned.pack.samples)
-    assert packs == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10,)]
-    assert shares[0][0].weight_sum == pytest.approx(11 * sample_weight(4, "square"))
+    rows = make_rows()
+    whole = [planned.pack for planned in fixed_plan(rows, **FIXED, rank=0, world_size=1)]
+    dealt = [fixed_plan(rows, **FIXED, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(packs) for packs in dealt}) == 1
+    packs = [planned.pack for group in zip(*dealt, strict=True) for planned in group if planned.pack.samples]
+    assert packs == whole
+    assert dealt[0][0].weight_sum == pytest.approx(sum(sample_weight(int(n), "square") for n in rows.labels))
+
+
+FIXED = {"max_tokens": 100, "max_tiles": 8, "reduction": "square"}
+
+
+def test_a_share_holds_what_a_checkpoint_compares():
+    assert of_sizes([3], [2], fingerprints=["f"]) == (Share("set0", 3, 6, "f"),)

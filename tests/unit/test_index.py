@@ -1,0 +1,221 @@
+"""The index: exact, parallel, resumable, cached by content, and never half there."""
+
+import json
+import multiprocessing
+import resource
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data import index
+from ivl_lightning.data.annotations import AnnotationFile, read_meta
+from ivl_lightning.data.corpus import read_corpus
+from ivl_lightning.data.encoding import encoder_factory
+from ivl_lightning.data.exclusion import read_exclusions
+from ivl_lightning.data.index import build_index, build_indexes
+from ivl_lightning.data.index_file import IndexParts, IndexWriteError
+from ivl_lightning.data.measuring import COLUMNS, digest_text, measure_rows, row_digest
+from tests import tiny
+
+ROWS = 3000
+
+
+def write_text_data(folder: Path, rows: int = ROWS) -> Path:
+    """Rows of text, every 500th broken; long enough to be measured by several processes."""
+    with (folder / "text.jsonl").open("w") as file:
+        for number in range(rows):
+            words = " ".join(str(number * step) for step in range(12))
+            turns = [{"from": "human", "value": f"Say {words}"}, {"from": "gpt", "value": words[: number % 40 + 1]}]
+            line = json.dumps({"id": number, "conversations": turns})
+            file.write((line[:-1] if number % 500 == 499 else line) + "\n")
+    meta = {"text": {"root": ".", "annotation": "text.jsonl", "data_augment": False, "repeat_time": 1}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+def make_factory(**changes):
+    config = DataConfig(meta="", max_tokens=512, tile_size=tiny.TILE_SIZE, **changes)
+    tokenizer = tiny.load_tiny_tokenizer()
+    return encoder_factory(config, tokenizer, template="internvl2_5", tile_tokens=tiny.TILE_TOKENS, training=True)
+
+
+def make_encoder(meta: Path, **changes):
+    return make_factory(**changes)(read_meta(meta)[0])
+
+
+def assert_equal(one, two):
+    assert one.rejects == two.rejects
+    for name in COLUMNS:
+        assert np.array_equal(one.columns[name], two.columns[name]), name
+
+
+@pytest.fixture(scope="module")
+def meta(tmp_path_factory):
+    return write_text_data(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def alone(meta):
+    return build_index(make_encoder(meta), workers=1, progress=False)
+
+
+def test_several_processes_measure_what_one_does(meta, alone):
+    assert len(alone) == ROWS - ROWS // 500
+    assert [line.line for line in alone.rejects] == [500, 1000, 1500, 2000, 2500, 3000]
+    assert {line.reason for line in alone.rejects} == {"json_invalid"}
+    assert_equal(build_index(make_encoder(meta), workers=2, progress=False), alone)
+
+
+def test_a_row_is_found_again_by_its_place(meta, alone):
+    file = AnnotationFile(meta.parent / "text.jsonl")
+    for row in (0, 1234, len(alone) - 1):
+        raw = file.read(int(alone.columns["offset"][row]), int(alone.columns["length"][row]))
+        assert row_digest(raw) == int(alone.columns["digest"][row])
+        assert AnnotationFile.parse(raw)["id"] == int(alone.columns["line"][row]) - 1
+
+
+def start(target, *arguments) -> multiprocessing.Process:
+    """A process of its own, forked so that it need not import torch again."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def measure_in_small_parts(meta: Path, cache: Path, workers: int) -> None:
+    index._PART_ROWS = 300
+    build_index(make_encoder(meta), cache_dir=cache, workers=workers, progress=False)
+
+
+def test_a_killed_index_goes_on_where_it_stopped(meta, alone, tmp_path):
+    """kill -9 once some parts are written: the next process measures only the rest, and the index is the same."""
+    process = start(measure_in_small_parts, meta, tmp_path, 2)
+    while len(list(tmp_path.glob("*.parts/*.parquet"))) < 3:
+        assert process.is_alive()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.parquet"))
+    (folder,) = tmp_path.glob("*.parts")
+    kept = IndexParts(folder)
+    assert 0 < kept.num_rows < ROWS
+    rest = sum(stretch.num_rows for stretch in measure_rows(make_encoder(meta), start=kept.end, workers=1))
+    assert kept.num_rows + rest == ROWS
+    assert_equal(build_index(make_encoder(meta), cache_dir=tmp_path, workers=1, progress=False), alone)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_two_processes_at_once_make_one_index(meta, alone, tmp_path):
+    processes = [start(measure_in_small_parts, meta, tmp_path, 1) for _ in range(2)]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    assert_equal(build_index(make_encoder(meta), cache_dir=tmp_path, progress=False), alone)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_damaged_cache_is_noticed_and_made_again(meta, alone, tmp_path, damage, caplog):
+    build_index(make_encoder(meta), cache_dir=tmp_path, workers=1, progress=False)
+    (path,) = tmp_path.glob("*.parquet")
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"no index" * 100}[damage])
+    assert_equal(build_index(make_encoder(meta), cache_dir=tmp_path, workers=1, progress=False), alone)
+    assert "not a whole index" in caplog.text
+    assert path.stat().st_size == len(whole)
+
+
+def test_a_damaged_part_is_measured_again(meta, alone, tmp_path):
+    encoder = make_encoder(meta)
+    stretches = list(measure_rows(encoder, workers=1))
+    build_index(encoder, cache_dir=tmp_path, workers=1, progress=False)
+    (path,) = tmp_path.glob("*.parquet")
+    path.unlink()
+    parts = IndexParts(path.with_suffix(".parts"))
+    parts.add(stretches[:2])
+    parts.add(stretches[2:4])
+    (path.with_suffix(".parts") / "000001.parquet").write_bytes(b"half")
+    assert IndexParts(path.with_suffix(".parts")).num_rows == sum(one.num_rows for one in stretches[:2])
+    assert_equal(build_index(encoder, cache_dir=tmp_path, workers=1, progress=False), alone)
+
+
+def measure_on_a_small_disk(meta: Path, cache: Path, answer: Connection) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        build_index(make_encoder(meta), cache_dir=cache, workers=1, progress=False)
+    except ValueError as error:
+        answer.send(str(error))
+
+
+def test_a_full_disk_is_said_so(meta, tmp_path):
+    """A process that may write 4 kB to a file stands for a disk with as much room."""
+    ours, theirs = multiprocessing.Pipe()
+    start(measure_on_a_small_disk, meta, tmp_path, theirs).join(timeout=120)
+    assert ours.poll()
+    message = ours.recv()
+    assert "cannot write" in message
+    assert "give data.cache_dir another folder" in message
+    assert not list(tmp_path.glob("*.parquet"))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_that_is_a_file_is_said_so(meta, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises((IndexWriteError, OSError)):
+        build_index(make_encoder(meta), cache_dir=tmp_path / "cache", workers=1, progress=False)
+
+
+def test_what_decides_the_counts_decides_the_cache(meta, tmp_path):
+    for changes in ({}, {"max_tiles": 6}, {"image_labels": "auto"}, {"max_frames": 16}):
+        build_index(make_encoder(meta, **changes), cache_dir=tmp_path, workers=1, progress=False)
+    assert len(list(tmp_path.glob("*.parquet"))) == 4
+    build_index(make_encoder(meta, resize="fast"), cache_dir=tmp_path, workers=1, progress=False)
+    assert len(list(tmp_path.glob("*.parquet"))) == 4, "how pixels are made changes no count"
+
+
+def test_an_exclusion_list_is_honored_by_content(meta, alone, tmp_path):
+    """Lines 3 and 5 are listed; line 5 was mended since, so its digest differs and it stays."""
+    path = tmp_path / "drop.jsonl"
+    digests = [digest_text(int(alone.columns["digest"][row])) for row in (2, 4)]
+    entries = [
+        {"dataset": "text", "line": 3, "id": "2", "digest": digests[0], "rule": "repeated_lines", "message": "x"},
+        {"dataset": "text", "line": 5, "id": "4", "digest": digests[1][::-1], "rule": "zeros", "message": "x"},
+        {"dataset": "other", "line": 1, "id": None, "digest": digests[1], "rule": "zeros", "message": "x"},
+    ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    corpus = read_corpus(str(meta), make_factory(), cache_dir=None, progress=False, exclude=str(path))
+    assert len(corpus) == len(alone) - 1
+    listed = [line for line in corpus.rejects if line.reason == "excluded"]
+    assert [(line.line, line.id, line.counted) for line in listed] == [(3, "2", False)]
+    assert listed[0].file.endswith("text.jsonl")
+
+
+def test_a_wrong_exclusion_list_is_named(tmp_path):
+    path = tmp_path / "drop.jsonl"
+    path.write_text('{"dataset": "a", "digest": "00"}\n{"dataset": "a"}\n')
+    with pytest.raises(ValueError, match=r"drop.jsonl:2 is no line of an exclusion list"):
+        read_exclusions(str(path))
+    with pytest.raises(ValueError, match=r"data.exclude=.* cannot be read"):
+        read_exclusions(str(tmp_path / "none"))
+
+
+def test_many_datasets_under_one_roof(tmp_path):
+    """Each index is its own dataset's; a JSON list and a JSONL file of the same rows cost the same."""
+    tiny.write_tiny_data(tmp_path)
+    content = json.loads((tmp_path / "meta.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "pictures.jsonl").read_text().splitlines()]
+    (tmp_path / "pictures.json").write_text(json.dumps(rows, indent=1))
+    content["list"] = {**content["pictures"], "annotation": "pictures.json"}
+    (tmp_path / "meta.json").write_text(json.dumps(content))
+    factory = make_factory()
+    encoders = [factory(spec) for spec in read_meta(tmp_path / "meta.json")]
+    pictures, text, listed = build_indexes(encoders, progress=False)
+    assert len(text) == 12
+    for name in ("tokens", "labels", "tiles"):
+        assert np.array_equal(pictures.columns[name], listed.columns[name])
