@@ -124,6 +124,7 @@ def read_corpus(
     progress: bool,
     workers: int | None = None,
     exclude: str | None = None,
+    look_again: bool = False,
 ) -> Corpus:
     """Read and measure all datasets of a meta.json.
 
@@ -134,13 +135,14 @@ def read_corpus(
         progress: show a bar while measuring.
         workers: processes that measure.
         exclude: exclusion list; see `data.exclusion`.
+        look_again: see `build_indexes`.
 
     Raises:
         ValueError: the meta file or the exclusion list is wrong, or the cache folder does not take an index.
     """
     encoders = tuple(factory(spec) for spec in read_meta(meta))
     excluded = {} if exclude is None else read_exclusions(exclude)
-    indexes = build_indexes(encoders, cache_dir=cache_dir, workers=workers, progress=progress)
+    indexes = build_indexes(encoders, cache_dir=cache_dir, workers=workers, progress=progress, look_again=look_again)
     return Corpus(encoders, tuple(without_excluded(index, excluded) for index in indexes))
 
 

@@ -94,7 +94,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Measure once, in one process of a node, so that the others find the index in the cache."""
         if self.config.cache_dir is not None:
-            self._read_corpora(progress=True)
+            self._read_corpora(progress=True, look_again=True)
 
     def setup(self, stage: str) -> None:
         """Read the index, write the ledger, plan.
@@ -109,7 +109,27 @@ class DynamicPackingDataModule(L.LightningDataModule):
             if stage == "fit":
                 self._set_up_trainer(self.trainer)
         if stage == "fit":
-            self._plan(self._current_mixture())
+            self._mixture = self._current_mixture()
+            # Made here once for its errors: nothing to train on, weights that name no dataset.
+            self._plan(self._mixture)
+            self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """Every rank makes the plan by itself, so all must see the same rows.
+
+        Raises:
+            ValueError: this rank's rows are not those of the first one.
+        """
+        if self._world_size == 1:
+            return
+        seen: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(seen, self._mixture)
+        different = [f"rank {rank}: {shares}" for rank, shares in enumerate(seen) if shares != seen[0]]
+        if different:
+            raise ValueError(
+                f"the ranks see different rows, so their plans would differ: rank 0: {seen[0]}, {different[0]}. "
+                "Give all nodes the same files, and data.cache_dir a folder that all of them share"
+            )
 
     def _measure(self) -> None:
         """Read the rows, list those that cannot be used, hold back those of validation."""
@@ -121,12 +141,13 @@ class DynamicPackingDataModule(L.LightningDataModule):
             self.ledger.add(validation.rejects, write=self._rank == 0)
         self.train_corpus, self.val_corpus = train, validation
 
-    def _read_corpora(self, *, progress: bool) -> tuple[Corpus, Corpus | None]:
+    def _read_corpora(self, *, progress: bool, look_again: bool = False) -> tuple[Corpus, Corpus | None]:
         options: dict[str, Any] = {
             "cache_dir": self._cache_dir,
             "progress": progress,
             "workers": self.config.index_workers,
             "exclude": self.config.exclude,
+            "look_again": look_again,
         }
         train = read_corpus(self.config.meta, self._encoder(training=True), **options)
         if self.config.val_meta is None:
@@ -171,7 +192,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def _plan(self, mixture: Sequence[Share]) -> TrainingPlan:
         assert self.train_corpus is not None
         corpus = self.train_corpus.view([share.name for share in mixture])
-        self._mixture = tuple(mixture)
         return TrainingPlan(corpus.plan_rows(), mixture, self._plan_settings)
 
     @property
@@ -218,7 +238,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
                 # The epoch ends as it began; new datasets and weights are taken with the next one.
                 mixture = saved_mixture(resumed)
                 check_datasets(mixture, self.train_corpus)
-        plan = self._plan(mixture)
+        plan, self._mixture = self._plan(mixture), mixture
         finished = resumed is not None and state is not None and not is_mid_epoch(resumed)
         self.position.epoch, self.position.state = epoch, state
 
@@ -253,7 +273,9 @@ class DynamicPackingDataModule(L.LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
         )
-        loaders: list[DataLoader[Any]] = [self._loader(self._pack_dataset(corpus, augmentation_seed=None), FixedSampler(packs))]
+        loaders: list[DataLoader[Any]] = [
+            self._loader(self._pack_dataset(corpus, augmentation_seed=None), FixedSampler(packs))
+        ]
         rows = generation_rows(corpus, config.generation_rows)
         if rows:
             groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
@@ -289,7 +311,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; note what was consumed and what was rejected."""
         if isinstance(batch, PackedBatch) and self.trainer is not None and self.trainer.training:
-            self._consume(batch)
+            self.note_trained(batch)
         if not isinstance(batch, (PackedBatch, PromptBatch)):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         moved = {
@@ -301,7 +323,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
         changes: dict[str, Any] = moved
         return dataclasses.replace(batch, **changes)
 
-    def _consume(self, batch: PackedBatch) -> None:
+    def note_trained(self, batch: PackedBatch) -> None:
+        """Move the position and list what the batch has lost.
+
+        Raises:
+            TooManyRejectsError: more rows are lost than `data.reject_limit` allows.
+        """
         self.position.consume(batch.planned)
         if batch.rejects:
             self.ledger.add(batch.rejects)

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ivl_lightning.data.annotations import AnnotationFile
 from ivl_lightning.data.encoding import RowEncoder
-from ivl_lightning.data.index_file import BrokenIndexError, IndexParts, read_index
-from ivl_lightning.data.measuring import Measured, concatenate, measure_rows
+from ivl_lightning.data.index_file import BrokenIndexError, IndexParts, IndexWriteError, read_index, write_index
+from ivl_lightning.data.measuring import Measured, concatenate, measure_rows, measure_spans
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
 from ivl_lightning.structures import Reject
 
@@ -78,6 +79,7 @@ def build_indexes(
     cache_dir: Path | None = None,
     workers: int | None = None,
     progress: bool = True,
+    look_again: bool = False,
 ) -> tuple[DatasetIndex, ...]:
     """Index of each encoder's dataset, read from the cache where content and settings are the same.
 
@@ -86,6 +88,7 @@ def build_indexes(
         cache_dir: folder of cached indexes; None keeps none.
         workers: processes that measure; None takes one for each core.
         progress: show a bar with rows per second and the time left.
+        look_again: measure rows of a cached index again whose media could not be read; they may have come since.
 
     Raises:
         IndexWriteError: the cache folder does not take an index.
@@ -97,7 +100,7 @@ def build_indexes(
         if path is None or not path.is_file()
     ]
     with _progress_bar(disable=not progress or not missing) as bar:
-        measuring = _Measuring(bar, total=sum(missing), workers=workers)
+        measuring = _Measuring(bar, total=sum(missing), workers=workers, look_again=look_again)
         return tuple(_index(encoder, path, measuring) for encoder, path in zip(encoders, paths, strict=True))
 
 
@@ -115,13 +118,36 @@ def _index(encoder: RowEncoder, path: Path | None, measuring: _Measuring) -> Dat
 
 def _cached(encoder: RowEncoder, path: Path, measuring: _Measuring) -> Measured:
     found = _read_if_whole(path)
-    if found is not None:
+    if found is not None and not (measuring.look_again and _media_rejects(found)):
         return found
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IndexWriteError(f"data.cache_dir={path.parent} cannot be made: {error}") from error
     # The lock is the operating system's: it ends with the process that holds it.
     with FileLock(f"{path}.lock"):
         found = _read_if_whole(path)
-        return measuring.resumed(encoder, path) if found is None else found
+        return measuring.resumed(encoder, path) if found is None else _looked_again(encoder, path, found)
+
+
+def _media_rejects(measured: Measured) -> set[int]:
+    """Lines of rows that were rejected for a file that may be another today."""
+    return {line.line for line in measured.rejects if line.reason.startswith(("file_", "image_", "video_", "exif_"))}
+
+
+def _looked_again(encoder: RowEncoder, path: Path, found: Measured) -> Measured:
+    lines = _media_rejects(found)
+    spans = [span for span in AnnotationFile(encoder.spec.annotation).iter_lines() if span.line in lines]
+    again = measure_spans(encoder, spans)
+    other = tuple(line for line in found.rejects if line.line not in lines)
+    if set(again.rejects) | set(other) == set(found.rejects):
+        return found
+    both = concatenate([replace(found, rejects=other), again])
+    order = np.argsort(both.columns["line"], kind="stable")
+    columns = {name: values[order] for name, values in both.columns.items()}
+    mended = Measured(columns, tuple(sorted(both.rejects, key=lambda line: line.line)), found.end)
+    write_index(path, mended)
+    return mended
 
 
 def _read_if_whole(path: Path) -> Measured | None:
@@ -138,9 +164,10 @@ def _read_if_whole(path: Path) -> Measured | None:
 class _Measuring:
     """Measures datasets one after the other under one progress bar."""
 
-    def __init__(self, bar: Progress, *, total: int, workers: int | None) -> None:
+    def __init__(self, bar: Progress, *, total: int, workers: int | None, look_again: bool) -> None:
         self.bar = bar
         self.workers = workers
+        self.look_again = look_again
         self.task = bar.add_task("measuring", total=total, rows=0, start=not bar.disable)
 
     def whole(self, encoder: RowEncoder) -> Measured:

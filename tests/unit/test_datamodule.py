@@ -16,6 +16,7 @@ from ivl_lightning.data.corpus import hold_back
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.dataset import prompt_groups
 from ivl_lightning.data.encoding import RowEncoder
+from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger, TooManyRejectsError
 from ivl_lightning.structures import Reject, RowError
@@ -277,3 +278,109 @@ def test_a_position_continues_and_a_changed_plan_is_refused(meta, tokenizer):
     assert [batch.sample_ids for batch in again.train_dataloader()] == whole[2:]
     with pytest.raises(ValueError, match="packs_per_step=2, this run has 4"):
         module(meta, tokenizer).load_state_dict(state)
+
+
+def consumed(data, micro_batches):
+    """All batches of an epoch; the position stands behind the first `micro_batches` of them."""
+    batches = []
+    for number, batch in enumerate(data.train_dataloader()):
+        batches.append((batch.sample_ids, batch.input_ids.tolist()))
+        if number < micro_batches:
+            data.position.consume(batch.planned)
+    return batches
+
+
+def resumed(data, state):
+    data.load_state_dict(json.loads(json.dumps(state)))
+    return [(batch.sample_ids, batch.input_ids.tolist()) for batch in data.train_dataloader()]
+
+
+def add_dataset(meta, name="more", **changes):
+    content = json.loads(meta.read_text())
+    content[name] = {**content["text"], **changes}
+    meta.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 6])
+def test_continuing_with_other_workers(meta, tokenizer, micro_batches):
+    """The position moves with whole steps: after 3 micro-batches it stands behind the first step of 2."""
+    data = module(meta, tokenizer, packs_per_step=2)
+    whole = consumed(data, micro_batches)
+    again = module(meta, tokenizer, packs_per_step=2, num_workers=2)
+    assert resumed(again, data.state_dict()) == whole[micro_batches // 2 * 2 :]
+
+
+def test_new_data_are_taken_at_the_end_of_the_epoch(meta, tokenizer):
+    """In mid-epoch the rest is what it would have been; a finished epoch leaves nothing; the next one has the new."""
+    data = module(meta, tokenizer, packs_per_step=2)
+    whole = consumed(data, 2)
+    state = data.state_dict()
+    ended = module(meta, tokenizer, packs_per_step=2)
+    consumed(ended, len(whole))
+    add_dataset(meta)
+    again = module(meta, tokenizer, packs_per_step=2)
+    assert resumed(again, state) == whole[2:]
+    following = list(again.train_dataloader())
+    assert {name.split()[0] for batch in following for name in batch.sample_ids} == {"pictures", "text", "more"}
+    later = module(meta, tokenizer, packs_per_step=2)
+    assert resumed(later, ended.state_dict()) == []
+    assert len([name for batch in later.train_dataloader() for name in batch.sample_ids]) == 36
+
+
+def test_new_weights_are_taken_at_the_end_of_the_epoch(meta, tokenizer):
+    data = module(meta, tokenizer, packs_per_step=2)
+    whole = consumed(data, 2)
+    again = module(meta, tokenizer, packs_per_step=2, weights={"pictures": 0.0, "text": 1.0})
+    assert resumed(again, data.state_dict()) == whole[2:]
+    following = [name for batch in again.train_dataloader() for name in batch.sample_ids]
+    assert len(following) == 24
+    assert {name.split()[0] for name in following} == {"text"}
+
+
+def test_changed_rows_in_mid_epoch_are_refused(meta, tokenizer):
+    data = module(meta, tokenizer, packs_per_step=2)
+    consumed(data, 2)
+    lines = (meta.parent / "text.jsonl").read_text().splitlines(keepends=True)
+    (meta.parent / "text.jsonl").write_text("".join(lines[1:]))
+    again = module(meta, tokenizer, packs_per_step=2)
+    with pytest.raises(ValueError, match=r"dataset 'text' had 12 usable rows .* has 11 usable rows now"):
+        resumed(again, data.state_dict())
+
+
+def test_other_caps_are_refused_in_mid_epoch_alone(meta, tokenizer):
+    data = module(meta, tokenizer, packs_per_step=2)
+    whole = consumed(data, 2)
+    with pytest.raises(ValueError, match=r"data.max_tokens=256, this run has 300"):
+        module(meta, tokenizer, packs_per_step=2, max_tokens=300).load_state_dict(data.state_dict())
+    ended = module(meta, tokenizer, packs_per_step=2)
+    consumed(ended, len(whole))
+    module(meta, tokenizer, packs_per_step=4, max_tokens=300).load_state_dict(ended.state_dict())
+
+
+def test_rows_that_broke_before_the_checkpoint_stay_out(meta, tokenizer):
+    """A picture breaks, is listed, and comes back: the resumed run leaves it out as the first one did."""
+    data = module(meta, tokenizer, packs_per_step=2, reject_limit=1.0)
+    picture = meta.parent / "1.png"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:60])
+    names = []
+    for batch in data.train_dataloader():
+        names += batch.sample_ids
+        data.note_trained(batch)
+    state = data.state_dict()
+    assert state["left_out"] == [["pictures", 2]]
+    picture.write_bytes(content)
+    again = module(meta, tokenizer, packs_per_step=2, reject_limit=1.0)
+    resumed(again, state)
+    following = [name for batch in again.train_dataloader() for name in batch.sample_ids]
+    assert len(names) == len(following) == 23
+
+
+def test_horizon_of_a_second_run_is_counted(meta, tokenizer, tmp_path):
+    """The first run estimates; a whole pass is counted beside the index, and the second run knows."""
+    data = module(meta, tokenizer, packs_per_step=2, cache_dir=str(tmp_path))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=3)
+    data.trainer = trainer
+    assert data.horizon().estimated
+    steps = len(list(data.train_dataloader())) // 2
+    assert data.horizon() == Horizon(3 * steps, estimated=False)

@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_so(meta, tmp_path):
 
 def test_a_folder_that_is_a_file_is_said_so(meta, tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises((IndexWriteError, OSError)):
+    with pytest.raises(IndexWriteError, match="data.cache_dir=.*cannot be made"):
         build_index(make_encoder(meta), cache_dir=tmp_path / "cache", workers=1, progress=False)
 
 
@@ -219,3 +219,19 @@ def test_many_datasets_under_one_roof(tmp_path):
     assert len(text) == 12
     for name in ("tokens", "labels", "tiles"):
         assert np.array_equal(pictures.columns[name], listed.columns[name])
+
+
+def test_media_that_came_late_are_found(tmp_path):
+    """A picture missing at first is rejected; once it is there the cached index takes its row in, in file order."""
+    meta = tiny.write_tiny_data(tmp_path / "data")
+    picture = tmp_path / "data/2.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    encoder = make_encoder(meta)
+    first = build_index(encoder, cache_dir=tmp_path, progress=False)
+    assert [(line.line, line.reason) for line in first.rejects] == [(3, "file_missing")]
+    picture.write_bytes(content)
+    assert build_index(encoder, cache_dir=tmp_path, progress=False).rejects == first.rejects, "no one asked"
+    (late,) = build_indexes([encoder], cache_dir=tmp_path, progress=False, look_again=True)
+    assert_equal(late, build_index(encoder, progress=False))
+    assert_equal(late, build_index(encoder, cache_dir=tmp_path, progress=False))
