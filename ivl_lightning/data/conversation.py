@@ -80,9 +80,9 @@ def encode_row(
         ValueError: as `tokenize_row`, or `num_image_tokens` contradicts the row.
     """
     counts = _image_counts(num_image_tokens)
-    return tokenize_row(
-        row, tokenizer, template=template, num_images=len(counts), image_labels=image_labels
-    ).expanded(counts)
+    return tokenize_row(row, tokenizer, template=template, num_images=len(counts), image_labels=image_labels).expanded(
+        counts
+    )
 
 
 def tokenize_row(

@@ -2,6 +2,8 @@
 
 One JSON object per line: `dataset`, `line`, `id`, `digest` (the row's bytes, 16 hexadecimal digits), `rule`, `message`.
 A row is known by its dataset and digest, so a list stays right when lines move, and a row that was mended comes back.
+Where equal rows stand in a dataset several times and k of them are listed, the last k are left out: a list of
+duplicates keeps the first.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from ivl_lightning.structures import Reject
 
 EXCLUDED = "excluded"
 
-Exclusions = dict[str, dict[int, dict[str, object]]]
-"""Dataset -> digest -> line of the list."""
+Exclusions = dict[str, dict[int, list[dict[str, object]]]]
+"""Dataset -> digest -> lines of the list."""
 
 
 def read_exclusions(path: str) -> Exclusions:
@@ -36,7 +38,8 @@ def read_exclusions(path: str) -> Exclusions:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            exclusions.setdefault(str(entry["dataset"]), {})[digest_number(entry["digest"])] = entry
+            digest = digest_number(entry["digest"])
+            exclusions.setdefault(str(entry["dataset"]), {}).setdefault(digest, []).append(entry)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} is no line of an exclusion list ({type(error).__name__}: {error}): it needs "
@@ -50,13 +53,21 @@ def without_excluded(index: DatasetIndex, exclusions: Exclusions) -> DatasetInde
     listed = exclusions.get(index.name)
     if not listed:
         return index
-    hit = np.isin(index.columns["digest"], np.fromiter(listed, dtype=np.uint64))
-    entries = [listed[int(digest)] for digest in index.columns["digest"][hit]]
+    digests = index.columns["digest"]
+    found: dict[int, list[int]] = {}
+    for row in np.flatnonzero(np.isin(digests, np.fromiter(listed, dtype=np.uint64))).tolist():
+        found.setdefault(int(digests[row]), []).append(row)
+    excluded: dict[int, dict[str, object]] = {}
+    for digest, rows in found.items():
+        entries = listed[digest][-len(rows) :]
+        excluded.update(zip(rows[-len(entries) :], entries, strict=True))
+    kept = np.ones(len(index), dtype=bool)
+    kept[list(excluded)] = False
+    lines = index.columns["line"]
     rejects = tuple(
-        _reject(index, int(line), entry) for line, entry in zip(index.columns["line"][hit], entries, strict=True)
+        _reject(index, int(lines[row]), entry) for row, entry in sorted(excluded.items(), key=lambda item: item[0])
     )
-    kept = index.select(~hit)
-    return replace(kept, rejects=(*index.rejects, *rejects))
+    return replace(index.select(kept), rejects=(*index.rejects, *rejects))
 
 
 def _reject(index: DatasetIndex, line: int, entry: dict[str, object]) -> Reject:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from urllib.parse import quote
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -99,7 +101,8 @@ def build_indexes(
         for encoder, path in zip(encoders, paths, strict=True)
         if path is None or not path.is_file()
     ]
-    with _progress_bar(disable=not progress or not missing) as bar:
+    # In a log file a bar would leave nothing but blank lines.
+    with _progress_bar(disable=not (progress and missing and sys.stderr.isatty())) as bar:
         measuring = _Measuring(bar, total=sum(missing), workers=workers, look_again=look_again)
         return tuple(_index(encoder, path, measuring) for encoder, path in zip(encoders, paths, strict=True))
 
@@ -209,7 +212,7 @@ class _RowRate(ProgressColumn):
 
 def _progress_bar(*, disable: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), _RowRate(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, disable=disable)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
 
 
 def _path(cache_dir: Path, encoder: RowEncoder) -> Path:

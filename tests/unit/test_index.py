@@ -196,6 +196,22 @@ def test_an_exclusion_list_is_honored_by_content(meta, alone, tmp_path):
     assert listed[0].file.endswith("text.jsonl")
 
 
+@pytest.mark.parametrize(("listed", "kept"), [(1, [1, 2]), (2, [1]), (3, []), (4, [])])
+def test_of_equal_rows_the_first_are_kept(tmp_path, listed, kept):
+    """Three byte-equal rows: a list with k of them takes away the last k."""
+    tiny.write_tiny_data(tmp_path)
+    row = (tmp_path / "text.jsonl").read_text().splitlines()[0]
+    (tmp_path / "text.jsonl").write_text(f"{row}\n" * 3)
+    entry = {"dataset": "text", "line": 1, "digest": digest_text(row_digest(row.encode())), "rule": "duplicate"}
+    (tmp_path / "drop.jsonl").write_text((json.dumps(entry) + "\n") * listed)
+    exclude = str(tmp_path / "drop.jsonl")
+    corpus = read_corpus(
+        str(tmp_path / "meta.json"), make_factory(), cache_dir=None, progress=False, exclude=exclude
+    ).view(["text"])
+    assert corpus.column("line").tolist() == kept
+    assert sorted(line.line for line in corpus.rejects) == [line for line in (1, 2, 3) if line not in kept]
+
+
 def test_a_wrong_exclusion_list_is_named(tmp_path):
     path = tmp_path / "drop.jsonl"
     path.write_text('{"dataset": "a", "digest": "00"}\n{"dataset": "a"}\n')

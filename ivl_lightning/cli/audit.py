@@ -1,0 +1,241 @@
+"""`ivl-audit data.meta=FILE output=FOLDER`: look at data before training. One process, no accelerator."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ivl_lightning.config.audit import AuditConfig
+from ivl_lightning.config.check import ConfigError, load
+from ivl_lightning.launch.overrides import GROUPS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ivl_lightning.reporting.audit.audit import Audit, Geometry
+
+ERROR_NAME = "error.log"
+OVER_LIMIT, MISTAKE, CRASH, INTERRUPTED = 1, 2, 70, 130
+_TRAINING_ONLY = ("optim", "strategy", "recipe", "trainer", "loss")
+"""What a recipe brings along besides model and data."""
+_STAND_IN = "the embedded miniature's tokenizer"
+_STAND_IN_ROWS = 40
+"""Rows of each kind that it learns from; more teach it nothing new."""
+
+
+def main() -> None:
+    """The command: exit code 0, 1 where too many rows are rejected, 2 with a message for a mistake of the user's."""
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="audit")
+    def task(composed: DictConfig) -> None:
+        codes.append(CRASH)
+        codes[-1] = run(composed)
+
+    try:
+        sys.argv[1:] = forced(sys.argv[1:])
+        task()
+    except ConfigError as error:
+        sys.exit(_mistake(error))
+    except SystemExit as stop:
+        # Hydra has said what is wrong, but its exit code would be that of too many rejects.
+        sys.exit(max(codes, default=MISTAKE) if stop.code else 0)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(max(codes, default=0))
+
+
+def run(composed: DictConfig) -> int:
+    """Audit what a composed configuration names; returns the exit code."""
+    try:
+        config = read_config(composed)
+        folder = _folder(config.output)
+    except ConfigError as error:
+        return _mistake(error)
+    try:
+        audit = _audit(config)
+    except ValueError as error:
+        # Meta files, tokenizers and exclusion lists raise it with a sentence for the user.
+        (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
+        return _mistake(error)
+    return _write(audit, config, folder)
+
+
+def _folder(output: str) -> Path:
+    """The folder of the results: better refused now than after hours of work."""
+    folder = Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={output} cannot be made ({error.strerror}): give a folder to write to") from error
+    return folder
+
+
+def _write(audit: Audit, config: AuditConfig, folder: Path) -> int:
+    from ivl_lightning.reporting.audit.files import drop_list, write_audit, write_drop_list
+
+    command = shlex.join(["ivl-audit", *(override.lstrip("+") for override in HydraConfig.get().overrides.task)])
+    page = write_audit(audit, folder, command)
+    print(f"{audit.verdict.sentence}\naudit: {page}")
+    if config.drop is not None:
+        try:
+            write_drop_list(Path(config.drop).expanduser(), drop_list(audit.flagged, config.drop_rules))
+        except FileExistsError as error:
+            return _mistake(error)
+    return OVER_LIMIT if audit.over_limit else 0
+
+
+def read_config(composed: DictConfig) -> AuditConfig:
+    """Check the composed settings.
+
+    Raises:
+        ConfigError: names every missing, misspelt or wrong one.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"these settings have no default and were not given: {', '.join(missing)}")
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    config = load(AuditConfig, {str(key): value for key, value in plain.items() if key not in _TRAINING_ONLY})
+    for name in ("rows", "examples", "seed"):
+        if (number := getattr(config, name)) is not None and number < 0:
+            raise ConfigError(f"{name}={number} must be at least 0")
+    return config
+
+
+def forced(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `++` before plain settings.
+
+    Hydra then accepts a misspelt setting, and the check of the settings refuses it with the accepted names.
+
+    Raises:
+        ConfigError: an argument that is no override.
+    """
+    parser = OverridesParser.create()
+
+    def force(argument: str) -> str:
+        if "=" not in argument or argument.startswith(("-", "+", "~")):
+            return argument
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise ConfigError(f"{argument} cannot be read: {error}") from error
+        return argument if _is_choice(override) else f"++{argument}"
+
+    return [force(argument) for argument in arguments]
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether an override chooses a file of a group, or is Hydra's own."""
+    key = override.key_or_group
+    return key in GROUPS or "/" in key or key.split(".")[0] == "hydra" or override.package is not None
+
+
+def _audit(config: AuditConfig) -> Audit:
+    # Imported late: --help and wrong settings need neither torch nor transformers.
+    from ivl_lightning.data.corpus import read_corpus
+    from ivl_lightning.data.encoding import encoder_factory
+    from ivl_lightning.reporting.audit.audit import audit_corpus
+
+    _quiet()
+    tokenizer = _tokenizer(config)
+    geometry = _geometry(config)
+    factory = encoder_factory(
+        config.data, tokenizer, template=config.model.template, tile_tokens=geometry.tokens_per_tile, training=True
+    )
+    # In a log file a bar would leave nothing but blank lines.
+    show, cache = config.progress_bar and sys.stderr.isatty(), config.data.cache_dir
+    corpus = read_corpus(
+        config.data.meta,
+        factory,
+        cache_dir=None if cache is None else Path(cache).expanduser(),
+        progress=show,
+        workers=config.data.index_workers,
+        exclude=config.data.exclude,
+    )
+    return audit_corpus(
+        corpus, config.data, geometry, rows=config.rows, examples=config.examples, seed=config.seed, show=show
+    )
+
+
+def _tokenizer(config: AuditConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the miniature's where none is given."""
+    from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
+
+    source = config.model.tokenizer or config.model.path
+    if source is not None:
+        tokenizer = load_tokenizer(source)
+        add_special_tokens(tokenizer)
+        return tokenizer
+    from ivl_lightning.miniature.prepare import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(folder, rows=_STAND_IN_ROWS, val_rows=1)
+        return load_tokenizer(Path(folder) / "tokenizer")
+
+
+def _geometry(config: AuditConfig) -> Geometry:
+    """Tiles and tokens of a tile, from the model's folder, its shapes, or InternVL's own.
+
+    Raises:
+        ConfigError: tiles of another size than the vision tower takes.
+    """
+    from ivl_lightning.constants import PATCH_SIZE
+    from ivl_lightning.data.layout import tokens_per_tile
+    from ivl_lightning.reporting.audit.audit import Geometry
+
+    model, tile_size = config.model, config.data.tile_size
+    vision, ratio = dict(model.vision), model.downsample_ratio
+    if model.path is not None and not vision:
+        from transformers import AutoConfig
+
+        from ivl_lightning.models import parts
+
+        shapes = AutoConfig.from_pretrained(model.path, local_files_only=True)
+        vision = {"image_size": parts.tile_size(shapes), "patch_size": parts.patch_size(shapes)}
+        ratio = shapes.downsample_ratio
+    if vision.get("image_size", tile_size) != tile_size:
+        raise ConfigError(
+            f"data.tile_size={tile_size}, but the vision tower takes {vision['image_size']}: make them equal"
+        )
+    source = model.tokenizer or model.path
+    patch = vision.get("patch_size", PATCH_SIZE)
+    return Geometry(
+        tokenizer=_STAND_IN if source is None else source,
+        exact=source is not None,
+        template=model.template,
+        tile_size=tile_size,
+        patch_size=patch,
+        tokens_per_tile=tokens_per_tile(tile_size, patch, ratio),
+    )
+
+
+def _quiet() -> None:
+    """What the libraries say about themselves is of no use to the user of this command."""
+    # "Token indices sequence length is longer than ...": the caps of the audit are its own.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    # "generated new fontManager"
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+def _mistake(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return MISTAKE
+
+
+if __name__ == "__main__":
+    main()
