@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,14 @@ from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
 from ivl_lightning.data.encoding import EncoderFactory, encoder_factory
-from ivl_lightning.data.horizon import Horizon, horizon, write_steps
+from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
-from ivl_lightning.data.mixture import Share, shares
-from ivl_lightning.data.plan import (
-    Cost,
-    PlannedStep,
-    PlanSettings,
-    TrainingPlan,
-    accumulation,
-    fixed_plan,
-)
-from ivl_lightning.data.position import (
-    Position,
-    check_datasets,
-    check_settings,
-    is_mid_epoch,
-    position_state,
-    saved_mixture,
-)
+from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
+from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import get_template
-from ivl_lightning.structures import PackedBatch, PlannedPack, PromptBatch
+from ivl_lightning.structures import PackedBatch, PromptBatch
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -70,7 +56,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         seed: int = 0,
         patch_size: int = 14,
         downsample_ratio: float = 0.5,
-        cost: Cost = (1.0e9, 4.3e4, 0.73e12),
+        cost: Cost = DEFAULT_COST,
     ) -> None:
         super().__init__()
         self.config = config
@@ -84,8 +70,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self._num_rows = 0
         self.train_corpus: Corpus | None = None
         self.val_corpus: Corpus | None = None
-        self._mixture: tuple[Share, ...] = ()
-        self.position = Position()
+        self._stream: TrainingStream | None = None
         self._resume_from: dict[str, Any] | None = None
         self._loader_in_use: PlannedLoader | None = None
 
@@ -94,7 +79,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Measure once, in one process of a node, so that the others find the index in the cache."""
         if self.config.cache_dir is not None:
-            self._read_corpora(progress=True, look_again=True)
+            self.read_corpora(progress=True, look_again=True)
 
     def setup(self, stage: str) -> None:
         """Read the index, write the ledger, plan.
@@ -109,9 +94,11 @@ class DynamicPackingDataModule(L.LightningDataModule):
             if stage == "fit":
                 self._set_up_trainer(self.trainer)
         if stage == "fit":
-            self._mixture = self._current_mixture()
-            # Made here once for its errors: nothing to train on, weights that name no dataset.
-            self._plan(self._mixture)
+            assert self.train_corpus is not None
+            settings = plan_settings(
+                self.config, seed=self.seed, reduction=self.reduction, cost=self.cost, epochs=self._epochs
+            )
+            self._stream = TrainingStream(self.train_corpus, self.config, settings)
             self._check_ranks()
 
     def _check_ranks(self) -> None:
@@ -123,7 +110,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         if self._world_size == 1:
             return
         seen: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(seen, self._mixture)
+        torch.distributed.all_gather_object(seen, self.stream.mixture)
         different = [f"rank {rank}: {shares}" for rank, shares in enumerate(seen) if shares != seen[0]]
         if different:
             raise ValueError(
@@ -133,7 +120,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def _measure(self) -> None:
         """Read the rows, list those that cannot be used, hold back those of validation."""
-        train, validation = self._read_corpora(progress=self.config.cache_dir is None)
+        train, validation = self.read_corpora(progress=self.config.cache_dir is None)
         self._open_ledger([corpus for corpus in (train, validation) if corpus is not None])
         if self.config.val_rows:
             train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
@@ -141,7 +128,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
             self.ledger.add(validation.rejects, write=self._rank == 0)
         self.train_corpus, self.val_corpus = train, validation
 
-    def _read_corpora(self, *, progress: bool, look_again: bool = False) -> tuple[Corpus, Corpus | None]:
+    def read_corpora(self, *, progress: bool, look_again: bool = False) -> tuple[Corpus, Corpus | None]:
+        """Rows of the training and of the validation data, measured or from the cache; see `read_corpus`.
+
+        Raises:
+            ValueError: as `read_corpus`.
+        """
         options: dict[str, Any] = {
             "cache_dir": self._cache_dir,
             "progress": progress,
@@ -175,52 +167,28 @@ class DynamicPackingDataModule(L.LightningDataModule):
         # Each epoch has a plan of its own, so each has a loader of its own.
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # set by Lightning's connector
 
-    # -- plan -----------------------------------------------------------------------------------------------------
-
-    def _current_mixture(self) -> tuple[Share, ...]:
-        assert self.train_corpus is not None
-        corpus = self.train_corpus
-        return shares(
-            [spec.name for spec in corpus.specs],
-            corpus.sizes,
-            [spec.repeat_time for spec in corpus.specs],
-            weights=self.config.weights,
-            resampling=self.config.resampling,
-            fingerprints=[index.fingerprint for index in corpus.indexes],
-        )
-
-    def _plan(self, mixture: Sequence[Share]) -> TrainingPlan:
-        assert self.train_corpus is not None
-        corpus = self.train_corpus.view([share.name for share in mixture])
-        return TrainingPlan(corpus.plan_rows(), mixture, self._plan_settings)
+    # -- loaders --------------------------------------------------------------------------------------------------
 
     @property
-    def _plan_settings(self) -> PlanSettings:
-        config = self.config
-        return PlanSettings(
-            packs_per_step=config.packs_per_step,
-            max_tokens=config.max_tokens,
-            max_tiles=config.max_pack_tiles,
-            pool_size=config.pool_size,
-            seed=self.seed,
-            reduction=self.reduction,
-            repeat_rule=config.repeat_rule,
-            cost=self.cost,
-            epochs=self._epochs,
-        )
+    def stream(self) -> TrainingStream:
+        """Plan and position of training.
+
+        Raises:
+            ValueError: before `setup("fit")`.
+        """
+        if self._stream is None:
+            raise ValueError('there is no plan before setup("fit")')
+        return self._stream
 
     def horizon(self) -> Horizon | None:
         """Optimizer steps of the whole run; None for a run without an end."""
         max_steps = None if self.trainer is None else self.trainer.max_steps
-        plan = self._plan(self._current_mixture())
-        return horizon(plan, max_steps=max_steps, epochs=self._epochs, cache_dir=self._cache_dir)
+        return self.stream.horizon(max_steps=max_steps, cache_dir=self._cache_dir)
 
     @property
     def mixture_names(self) -> tuple[str, ...]:
         """Datasets of the current epoch; a batch's dataset numbers count these."""
-        return tuple(share.name for share in self._mixture)
-
-    # -- loaders --------------------------------------------------------------------------------------------------
+        return tuple(share.name for share in self.stream.mixture)
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
         """This rank's packs of the current epoch, from where a checkpoint stopped.
@@ -228,37 +196,16 @@ class DynamicPackingDataModule(L.LightningDataModule):
         Raises:
             ValueError: a checkpoint of mid-epoch does not fit to the data or settings of this run.
         """
-        assert self.train_corpus is not None
         resumed, self._resume_from = self._resume_from, None
-        mixture, epoch, state = self._current_mixture(), self.trainer.current_epoch if self.trainer else 0, None
-        if resumed is not None:
-            epoch, state = resumed["epoch"], resumed["plan"]
-            if is_mid_epoch(resumed):
-                check_settings(resumed, self._plan_settings)
-                # The epoch ends as it began; new datasets and weights are taken with the next one.
-                mixture = saved_mixture(resumed)
-                check_datasets(mixture, self.train_corpus)
-        plan, self._mixture = self._plan(mixture), mixture
-        finished = resumed is not None and state is not None and not is_mid_epoch(resumed)
-        self.position.epoch, self.position.state = epoch, state
-
-        def packs() -> Iterator[PlannedPack]:
-            steps = iter(()) if finished else self._counted(plan.epoch(epoch, state), plan)
-            return plan.deal(self.position.follow(steps), self._rank, self._world_size)
-
-        corpus = self.train_corpus.view(self.mixture_names)
-        dataset = self._pack_dataset(corpus, augmentation_seed=self.seed, left_out=self.ledger.rows())
+        if resumed is None:
+            self.stream.begin(self.trainer.current_epoch if self.trainer else 0)
+        else:
+            self.stream.resume(resumed)
+        count_in = self._cache_dir if self._rank == 0 else None
+        packs = partial(self.stream.packs, self._rank, self._world_size, count_in=count_in)
+        dataset = self._pack_dataset(self.stream.view, augmentation_seed=self.seed, left_out=self.ledger.rows())
         self._loader_in_use = self._loader(dataset, StreamSampler(packs))
         return self._loader_in_use
-
-    def _counted(self, steps: Iterator[PlannedStep], plan: TrainingPlan) -> Iterator[PlannedStep]:
-        """The same steps; their number is kept for the horizon of later runs."""
-        count = 0
-        for step in steps:
-            count = step.number + 1
-            yield step
-        if count and self._cache_dir is not None and self._rank == 0:
-            write_steps(plan, self._cache_dir, count)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Packs for the loss on a fixed plan without augmentation, and prompts for generated answers."""
@@ -329,7 +276,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         Raises:
             TooManyRejectsError: more rows are lost than `data.reject_limit` allows.
         """
-        self.position.consume(batch.planned)
+        self.stream.position.consume(batch.planned)
         if batch.rejects:
             self.ledger.add(batch.rejects)
             self.ledger.leave_out((line.dataset, line.line) for line in batch.rejects)
@@ -337,8 +284,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the plan, what the rest of the epoch depends on, and rows that broke: a few kB."""
-        state = position_state(self.position, self._mixture, self._plan_settings)
-        return {**state, "left_out": sorted(map(list, self._rows_of_all_ranks()))}
+        return {**self.stream.state_dict(), "left_out": sorted(map(list, self._rows_of_all_ranks()))}
 
     def _rows_of_all_ranks(self) -> set[tuple[str, int]]:
         own = self.ledger.broken_rows
@@ -355,7 +301,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             ValueError: the checkpoint is of mid-epoch and was made with another packs_per_step, seed or caps, which
                 is another plan.
         """
-        check_settings(state_dict, self._plan_settings)
+        self.stream.check(state_dict)
         self.ledger.leave_out((name, line) for name, line in state_dict["left_out"])
         self._resume_from = state_dict
 

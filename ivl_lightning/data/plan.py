@@ -24,6 +24,8 @@ from ivl_lightning.structures import Pack, PlannedPack
 EMPTY_PACK = Pack((), 0, 0)
 Cost = tuple[float, float, float]
 """Modeled work per token, per squared document length, per tile."""
+DEFAULT_COST: Cost = (1.0e9, 4.3e4, 0.73e12)
+"""Of InternVL 2.5 1B; see `models.cost`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class PlanSettings:
     seed: int
     reduction: str
     repeat_rule: RepeatRule = "random"
-    cost: Cost = (1.0e9, 4.3e4, 0.73e12)
+    cost: Cost = DEFAULT_COST
     epochs: int | None = None
 
 

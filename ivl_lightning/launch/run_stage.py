@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,19 +13,18 @@ import torch
 import yaml
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
-from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
 from ivl_lightning.checkpoints.weights import full_state_dict, save_weights
 from ivl_lightning.config.check import ConfigError, load
-from ivl_lightning.config.schema import Part, RunConfig
+from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import WEIGHTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
+from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
-from ivl_lightning.models.build import build_config, build_model
-from ivl_lightning.models.cost import training_cost
+from ivl_lightning.models.build import build_model
 from ivl_lightning.models.parts import patch_size, tile_size
-from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
 from ivl_lightning.stages.supervised import SupervisedStage
 
 CONFIG_NAME = "config.yaml"
@@ -43,7 +41,7 @@ def run_stage(folder: Path) -> None:
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     L.seed_everything(config.seed, verbose=False)
-    tokenizer = stage_tokenizer(config)
+    tokenizer = tokenizer_of(config.model, config.init_from)
     datamodule = build_datamodule(config, tokenizer)
     stage = build_stage(config, tokenizer)
     losses = LossEnds()
@@ -134,37 +132,13 @@ def input_hash(config: RunConfig) -> str:
     return RANDOM_WEIGHTS if source is None else weights_hash(Path(source))
 
 
-def stage_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer with the nine special tokens: `model.tokenizer`, or the one beside the weights.
-
-    Raises:
-        ConfigError: neither is given.
-    """
-    source = config.model.tokenizer or config.init_from or config.model.path
-    if source is None:
-        raise ConfigError("model.tokenizer is missing: give a folder of tokenizer files, or model.path or init_from")
-    tokenizer = load_tokenizer(source)
-    add_special_tokens(tokenizer)
-    return tokenizer
-
-
-def model_shapes(config: RunConfig) -> InternVLConfig:
-    """Shapes of the network, from the config or from the folder it is read from."""
-    if config.model.language_model:
-        return build_config(config.model)
-    source = config.init_from or config.model.path
-    if source is None:
-        raise ConfigError(f"model={config.model.name} has neither shapes nor a path: give model.path")
-    return AutoConfig.from_pretrained(source, local_files_only=True)
-
-
 def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DynamicPackingDataModule:
     """The data of a stage.
 
     Raises:
         ConfigError: tiles of another size than the vision tower takes.
     """
-    shapes = model_shapes(config)
+    shapes = shapes_of(config.model, config.init_from)
     side = tile_size(shapes)
     if side != config.data.tile_size:
         raise ConfigError(f"data.tile_size={config.data.tile_size}, but the vision tower takes {side}: make them equal")
@@ -175,14 +149,8 @@ def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> D
         seed=config.seed,
         patch_size=patch_size(shapes),
         downsample_ratio=shapes.downsample_ratio,
-        cost=training_cost(shapes, trained_parts(config), recompute=config.model.activation_checkpointing),
+        cost=cost_of(config.model, config.stage, shapes),
     )
-
-
-def trained_parts(config: RunConfig) -> Sequence[Part]:
-    """Parts that get gradients: the configured ones, or the stage's own choice."""
-    stage_class: type[SupervisedStage] = get_class(config.stage._target_)
-    return config.stage.trainable or stage_class.default_trainable
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SupervisedStage:

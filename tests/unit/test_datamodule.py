@@ -271,7 +271,7 @@ def test_a_position_continues_and_a_changed_plan_is_refused(meta, tokenizer):
     for number, batch in enumerate(data.train_dataloader()):
         whole.append(batch.sample_ids)
         if number < 2:
-            data.position.consume(batch.planned)
+            data.stream.position.consume(batch.planned)
     state = json.loads(json.dumps(data.state_dict()))
     again = module(meta, tokenizer, packs_per_step=2)
     again.load_state_dict(state)
@@ -286,7 +286,7 @@ def consumed(data, micro_batches):
     for number, batch in enumerate(data.train_dataloader()):
         batches.append((batch.sample_ids, batch.input_ids.tolist()))
         if number < micro_batches:
-            data.position.consume(batch.planned)
+            data.stream.position.consume(batch.planned)
     return batches
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
+from ivl_lightning.data.stream import mixture_of
 from ivl_lightning.reporting.audit.concerns import concerns_of
 from ivl_lightning.reporting.audit.findings import Concern, DatasetFacts, Flagged, Forecast, Verdict
-from ivl_lightning.reporting.audit.forecast import forecast, mixture_of
+from ivl_lightning.reporting.audit.forecast import forecast
 from ivl_lightning.reporting.audit.opened import Example, open_rows
 from ivl_lightning.reporting.audit.scan import ScanResult, scan_rows
 from ivl_lightning.reporting.audit.statistics import dataset_facts

@@ -8,49 +8,11 @@ import numpy as np
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
-from ivl_lightning.data.mixture import Share, epoch_size, shares
-from ivl_lightning.data.plan import PlannedStep, PlanRows, PlanSettings, TrainingPlan, idle_share
+from ivl_lightning.data.mixture import epoch_size
+from ivl_lightning.data.plan import PlannedStep, TrainingPlan, idle_share
+from ivl_lightning.data.stream import mixture_of, plan_settings
 from ivl_lightning.reporting.audit.findings import Forecast
 from ivl_lightning.reporting.audit.progress import tracked
-
-
-def mixture_of(corpus: Corpus, config: DataConfig) -> tuple[Share, ...]:
-    """Samples of each dataset in an epoch."""
-    return shares(
-        [spec.name for spec in corpus.specs],
-        corpus.sizes,
-        [spec.repeat_time for spec in corpus.specs],
-        weights=config.weights,
-        resampling=config.resampling,
-    )
-
-
-def training_plan(corpus: Corpus, config: DataConfig, seed: int) -> TrainingPlan:
-    """The plan of training on the corpus.
-
-    Raises:
-        ValueError: an epoch has no sample.
-    """
-    videos = bool(corpus.column("frames").any())
-    rows = PlanRows(
-        tokens=corpus.column("tokens"),
-        labels=corpus.column("labels"),
-        tiles=corpus.column("tiles"),
-        most_frames=corpus.column("frames"),
-        fewest_frames=corpus.column("min_frames"),
-        frame_tokens=corpus.encoders[0].frame_tokens if videos else np.empty(0, dtype=np.int64),
-    )
-    settings = PlanSettings(
-        packs_per_step=config.packs_per_step,
-        max_tokens=config.max_tokens,
-        max_tiles=config.max_pack_tiles,
-        pool_size=config.pool_size,
-        seed=seed,
-        # Decides the weight of labels, not what is packed.
-        reduction="token",
-        repeat_rule=config.repeat_rule,
-    )
-    return TrainingPlan(rows, mixture_of(corpus, config), settings)
 
 
 def forecast(corpus: Corpus, config: DataConfig, seed: int, *, show: bool) -> Forecast | None:
@@ -62,9 +24,11 @@ def forecast(corpus: Corpus, config: DataConfig, seed: int, *, show: bool) -> Fo
         seed: of the run.
         show: a progress bar.
     """
-    if not epoch_size(mixture_of(corpus, config)):
+    mixture = mixture_of(corpus, config)
+    if not epoch_size(mixture):
         return None
-    plan = training_plan(corpus, config, seed)
+    # How labels are weighed does not decide what is packed.
+    plan = TrainingPlan(corpus.plan_rows(), mixture, plan_settings(config, seed=seed, reduction="token"))
     steps = tracked(plan.epoch(0), "forecasting steps", int(plan.fewest_steps()) + 1, show=show)
     return summarize([_bare(step) for step in steps], config)
 

@@ -1,0 +1,149 @@
+"""The plan of a run over its corpus, and where training stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data.corpus import Corpus
+from ivl_lightning.data.horizon import Horizon, horizon, write_steps
+from ivl_lightning.data.mixture import Share, shares
+from ivl_lightning.data.plan import DEFAULT_COST, Cost, PlannedStep, PlanSettings, TrainingPlan
+from ivl_lightning.data.position import (
+    Position,
+    check_datasets,
+    check_settings,
+    is_mid_epoch,
+    position_state,
+    saved_mixture,
+)
+from ivl_lightning.structures import PlannedPack
+
+
+def mixture_of(corpus: Corpus, config: DataConfig) -> tuple[Share, ...]:
+    """Samples of each dataset in an epoch, from `repeat_time`, `data.weights` and `data.resampling`.
+
+    Raises:
+        ValueError: weights that do not name the datasets.
+    """
+    return shares(
+        [spec.name for spec in corpus.specs],
+        corpus.sizes,
+        [spec.repeat_time for spec in corpus.specs],
+        weights=config.weights,
+        resampling=config.resampling,
+        fingerprints=[index.fingerprint for index in corpus.indexes],
+    )
+
+
+def plan_settings(
+    config: DataConfig, *, seed: int, reduction: str, cost: Cost = DEFAULT_COST, epochs: int | None = None
+) -> PlanSettings:
+    """What the plan takes from the configuration; see `PlanSettings`."""
+    return PlanSettings(
+        packs_per_step=config.packs_per_step,
+        max_tokens=config.max_tokens,
+        max_tiles=config.max_pack_tiles,
+        pool_size=config.pool_size,
+        seed=seed,
+        reduction=reduction,
+        repeat_rule=config.repeat_rule,
+        cost=cost,
+        epochs=epochs,
+    )
+
+
+class TrainingStream:
+    """Plans epoch after epoch while training reads.
+
+    Args:
+        corpus: rows of the run.
+        config: the mixture.
+        settings: of the plan.
+
+    Attributes:
+        mixture: of the current epoch; in the rest of an epoch that another run began it may be that run's.
+        position: of training, which a checkpoint keeps.
+
+    Raises:
+        ValueError: nothing to train on, or weights that do not name the datasets.
+    """
+
+    def __init__(self, corpus: Corpus, config: DataConfig, settings: PlanSettings) -> None:
+        self.corpus = corpus
+        self.settings = settings
+        self.position = Position()
+        self.mixture = self._own_mixture = mixture_of(corpus, config)
+        self._plan = TrainingPlan(corpus.plan_rows(), self.mixture, settings)
+        self._finished = False
+
+    @property
+    def view(self) -> Corpus:
+        """The datasets of the current epoch; its packs count their rows."""
+        return self.corpus.view([share.name for share in self.mixture])
+
+    def begin(self, epoch: int) -> None:
+        """Stand at the beginning of an epoch."""
+        self._set(self._own_mixture, epoch, None)
+        self._finished = False
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Stand where a checkpoint was saved.
+
+        The epoch ends as it began; new datasets and weights are taken with the next one.
+
+        Raises:
+            ValueError: of mid-epoch, and the rows or settings of the rest of the epoch are not those of this run.
+        """
+        self.check(state)
+        self._finished = state["plan"] is not None and not is_mid_epoch(state)
+        mixture = self._own_mixture
+        if is_mid_epoch(state):
+            mixture = saved_mixture(state)
+            check_datasets(mixture, self.corpus)
+        self._set(mixture, state["epoch"], state["plan"])
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of mid-epoch whose settings make another plan.
+
+        Raises:
+            ValueError: names the setting and both values.
+        """
+        check_settings(state, self.settings)
+
+    def _set(self, mixture: tuple[Share, ...], epoch: int, plan_state: dict[str, Any] | None) -> None:
+        if mixture != self.mixture:
+            self.mixture = mixture
+            self._plan = TrainingPlan(self.view.plan_rows(), mixture, self.settings)
+        self.position.epoch, self.position.state = epoch, plan_state
+
+    def packs(self, rank: int, world_size: int, *, count_in: Path | None = None) -> Iterator[PlannedPack]:
+        """One rank's packs, from the position to the end of the epoch.
+
+        Args:
+            rank, world_size: see `TrainingPlan.deal`.
+            count_in: folder that keeps the number of steps for the horizon of later runs; None keeps nothing.
+        """
+        plan, epoch, state = self._plan, self.position.epoch, self.position.state
+        steps = iter(()) if self._finished else _counted(plan, plan.epoch(epoch, state), count_in)
+        return plan.deal(self.position.follow(steps), rank, world_size)
+
+    def horizon(self, *, max_steps: int | None, cache_dir: Path | None) -> Horizon | None:
+        """Optimizer steps of the whole run; see `horizon.horizon`."""
+        return horizon(self._plan, max_steps=max_steps, epochs=self.settings.epochs, cache_dir=cache_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, and what the rest of the epoch depends on; plain numbers, texts and lists."""
+        return position_state(self.position, self.mixture, self.settings)
+
+
+def _counted(plan: TrainingPlan, steps: Iterator[PlannedStep], folder: Path | None) -> Iterator[PlannedStep]:
+    """The same steps; their number is kept once the epoch ends."""
+    count = 0
+    for step in steps:
+        count = step.number + 1
+        yield step
+    if count and folder is not None:
+        write_steps(plan, folder, count)
