@@ -49,14 +49,20 @@ def degrade_jpeg(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         raise ValueError(f"expected uint8 tiles [N, 3, S, S], got {tiles.dtype} {list(tiles.shape)}")
     qualities = rng.integers(MIN_QUALITY, MAX_QUALITY + 1, size=len(tiles))
     degraded = np.empty(tuple(tiles.shape), dtype=np.uint8)
-    for row, (tile, quality) in enumerate(zip(tiles.numpy(), qualities, strict=True)):
-        degraded[row] = _through_jpeg(tile.transpose(1, 2, 0), int(quality)).transpose(2, 0, 1)
+    for row, (tile, quality) in enumerate(zip(tiles.contiguous().numpy(), qualities, strict=True)):
+        for channel, plane in enumerate(_through_jpeg(tile, int(quality))):
+            degraded[row, channel] = plane
     return torch.from_numpy(degraded)
 
 
-def _through_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
+def _through_jpeg(tile: np.ndarray, quality: int) -> list[np.ndarray]:
+    """`[3, S, S]` in, three planes `[S, S]` out."""
+    height, width = tile.shape[1:]
     buffer = BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="JPEG", quality=quality)
-    buffer.seek(0)
-    with Image.open(buffer) as image:
-        return np.asarray(image)
+    # Three gray images lie on the planes as they are. Pillow joins and parts the channels faster than numpy does.
+    planes = [Image.frombuffer("L", (width, height), plane, "raw", "L", 0, 1) for plane in tile]
+    Image.merge("RGB", planes).save(buffer, format="JPEG", quality=quality)
+    # Named, the format is not searched for.
+    with Image.open(buffer, formats=["JPEG"]) as image:
+        parted = [image.tobytes("raw", band) for band in "RGB"]
+    return [np.frombuffer(plane, dtype=np.uint8).reshape(height, width) for plane in parted]

@@ -147,7 +147,7 @@ class RowEncoder:
         if not images:
             return None
         tiling = self.settings.tiling(max_tiles)
-        tiles = [cut_tiles(image, **tiling) for image in images]
+        tiles = [cut_tiles(image, **tiling, resize=self.settings.resize) for image in images]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
     # -- video ----------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class RowEncoder:
         indices = frame_indices(header.frames, count, rate=header.rate, sampling=sampling, rng=rng)
         frames = self.reader.load_frames(media.video, indices, media.clip)
         tiling = self.settings.tiling(1)
-        return torch.cat([cut_tiles(frame, **tiling) for frame in frames])
+        return torch.cat([cut_tiles(frame, **tiling, resize=self.settings.resize) for frame in frames])
 
     def _tokenize(self, record: Record, num_images: int, tokenize: Tokenize = tokenize_row) -> TokenizedRow:
         return tokenize(

@@ -1,25 +1,35 @@
-"""Images of a row: opened through one guarded door, measured by header, decoded whole or refused with a reason."""
+"""Images and videos of a row: opened through one guarded door, measured by header, decoded or refused with a reason."""
 
 from __future__ import annotations
 
-import stat
+import re
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
-import fsspec  # type: ignore[import-untyped]  # it ships no hints
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from ivl_lightning.data.frames import read_frames, read_video_header
 from ivl_lightning.data.locations import MediaError, resolve_location, shown, url_scheme
+from ivl_lightning.data.storage import (
+    Access,
+    MissingPackageError,
+    folder_names,
+    is_folder,
+    open_for_passes,
+    open_location,
+)
+from ivl_lightning.data.video import FOLDER_RATE, VideoHeader, check_clip, clip_header, clip_window, frame_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["MAX_PIXELS", "ImageHeader", "MediaError", "MediaReader"]
+    from ivl_lightning.data.video import Clip
+
+__all__ = ["MAX_PIXELS", "ImageHeader", "MediaError", "MediaReader", "VideoHeader"]
 
 MAX_PIXELS = 89_478_485
 """Largest image by default: Pillow's own limit, above which it warns of decompression bombs (268 MB of RGB)."""
@@ -38,6 +48,9 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+
+_FRAME_SUFFIX = re.compile(r"\.(?:jpe?g|png|webp)$", re.IGNORECASE)
+_FRAME_NUMBER = re.compile(r"(\d+)\.\w+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +113,20 @@ class MediaReader:
         )
 
     @contextmanager
-    def open(self, path: str) -> Iterator[BinaryIO]:
+    def open(self, path: str, *, access: Access = "whole") -> Iterator[BinaryIO]:
         """Open a media file for reading.
 
         Args:
             path: as written in the row.
+            access: what will be read of a remote file, so that no more of it is fetched.
 
         Raises:
             MediaError: as `resolve`, and `file_missing` or `file_unreadable`.
+            ValueError: a package for the URL's scheme is missing.
         """
         location = self.resolve(path)
         with _reported(path, otherwise="file_unreadable"):
-            handle = _open(location)
+            handle = open_location(location, access)
         with handle:
             yield handle
 
@@ -124,7 +139,7 @@ class MediaReader:
         Raises:
             MediaError: as `open`, and `image_empty`, `image_undecodable` or `image_too_large`.
         """
-        with self._image(path) as image:
+        with self._image(path, "head") as image:
             return ImageHeader(*image.size, mode=image.mode, orientation=_orientation(image))
 
     def image_size(self, path: str) -> tuple[int, int]:
@@ -155,14 +170,94 @@ class MediaReader:
             ValueError: another library told Pillow to fill truncated images.
         """
         _check_pillow()
-        with self._image(path) as image:
+        with self._image(path, "whole") as image:
             orientation = _checked(_orientation(image), path) if self.exif_transpose else _UPRIGHT
             image.load()
             return _upright(_rgb(image, self.gray16), orientation)
 
+    def video_header(self, path: str, clip: Clip | None = None) -> VideoHeader:
+        """Read the size, the number of frames and the times of a video; no frame is decoded.
+
+        Args:
+            path: as written in the row: an MP4, AVI or Matroska file, a GIF, an animated WebP, or a folder of images
+                whose names end in a number. A folder counts as one frame per second.
+            clip: start and end in seconds: the frames with `start <= time < end`. None for the whole video.
+
+        Raises:
+            MediaError: as `open`, `clip_invalid`, `video_empty`, `video_truncated`, `video_too_large`,
+                `video_undecodable`, and `video_frame_name` or a reason of `header` for a folder.
+            ValueError: PyAV is needed and not installed.
+        """
+        check_clip(clip, path)
+        if self._is_folder(path):
+            names = self._frame_names(path)
+            times = np.arange(len(names)) / FOLDER_RATE
+            first = names[clip_window(times, clip, path)[0]]
+            return clip_header(self.image_size(first), times, len(names) / FOLDER_RATE, FOLDER_RATE, clip, path)
+        if clip is None:
+            with self.open(path, access="index") as file, _reported(path, otherwise="file_unreadable"):
+                return read_video_header(file, path, clip, self.max_pixels)
+        with self._open_for_passes(path) as file:
+            return read_video_header(file, path, clip, self.max_pixels)
+
+    def load_frames(self, path: str, indices: Sequence[int], clip: Clip | None = None) -> list[Image.Image]:
+        """Decode frames of a video.
+
+        Args:
+            path: as for `video_header`.
+            indices: frame numbers in the order of showing, counted from the start of the clip; repeats allowed.
+            clip: as for `video_header`.
+
+        Returns:
+            Images in mode RGB, one for each index.
+
+        Raises:
+            MediaError: as `video_header`; `video_frame_missing` for an index beyond the end; for a folder also as
+                `load_image`. A frame that cannot be decoded is never replaced by another.
+            ValueError: as `video_header` and `load_image`.
+        """
+        check_clip(clip, path)
+        if self._is_folder(path):
+            names = self._frame_names(path)
+            numbers = frame_numbers(np.arange(len(names)) / FOLDER_RATE, indices, clip, path)
+            loaded = {number: self.load_image(names[number]) for number in set(numbers)}
+            return [loaded[number] for number in numbers]
+        _check_pillow()
+        with self._open_for_passes(path) as file:
+            return read_frames(file, path, indices, clip, self.max_pixels)
+
     @contextmanager
-    def _image(self, path: str) -> Iterator[Image.Image]:
-        with self.open(path) as file, _reported(path, otherwise="image_undecodable"):
+    def _open_for_passes(self, path: str) -> Iterator[BinaryIO]:
+        location = self.resolve(path)
+        with _reported(path, otherwise="file_unreadable"), open_for_passes(location) as file:
+            yield file
+
+    def _is_folder(self, path: str) -> bool:
+        location = self.resolve(path)
+        with _reported(path, otherwise="file_unreadable"):
+            return is_folder(location)
+
+    def _frame_names(self, path: str) -> list[str]:
+        """Paths of a folder's frames in the order of the numbers that their names end in. Other files do not count."""
+        location = self.resolve(path)
+        with _reported(path, otherwise="file_unreadable"):
+            names = [name for name in folder_names(location) if _FRAME_SUFFIX.search(name)]
+        numbers = {}
+        for name in names:
+            number = _FRAME_NUMBER.search(name)
+            if number is None or int(number[1]) in numbers:
+                fault = "has no number before its suffix" if number is None else f"repeats the number {number[1]}"
+                raise MediaError(
+                    "video_frame_name",
+                    f"{shown(name)} in the folder of frames {shown(path)} {fault}; name the frames NAME_1.jpg, "
+                    "NAME_2.jpg and so on, and keep other images elsewhere",
+                )
+            numbers[int(number[1])] = f"{path.rstrip('/')}/{name}"
+        return [numbers[number] for number in sorted(numbers)]
+
+    @contextmanager
+    def _image(self, path: str, access: Access) -> Iterator[Image.Image]:
+        with self.open(path, access=access) as file, _reported(path, otherwise="image_undecodable"):
             if not file.read(1):
                 raise MediaError("image_empty", f"{shown(path)} has no bytes; fetch the file again or remove the row")
             file.seek(0)
@@ -219,22 +314,11 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _open(location: str) -> BinaryIO:
-    scheme = url_scheme(location)
-    if scheme is not None:
-        return cast(BinaryIO, fsspec.filesystem(scheme).open(location, "rb"))
-    path = Path(location)
-    # Opening a named pipe would wait forever for a writer.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("not a regular file")
-    return path.open("rb")
-
-
 @contextmanager
 def _reported(path: str, otherwise: str) -> Iterator[None]:
     try:
         yield
-    except MediaError:
+    except (MediaError, MissingPackageError):
         raise
     # Broad on purpose: decoders and network clients raise what their C libraries do (SyntaxError, struct.error,
     # client classes of each store), and one bad file must not end a run of days. It is reported, never dropped.

@@ -173,7 +173,9 @@ class TrainingPlan:
         most = self.rows.most_frames[rows]
         if not most.any():
             return None, tokens, tiles
-        frames = draw_frames(order, self.rows.fewest_frames[rows], most, seed=self.settings.seed, epoch=epoch)
+        highest = len(self.rows.frame_tokens) - 1
+        fewest = self.rows.fewest_frames[rows]
+        frames = draw_frames(order, fewest, most, highest, seed=self.settings.seed, epoch=epoch)
         tokens -= (self.rows.frame_tokens[most] - self.rows.frame_tokens[frames]).astype(tokens.dtype)
         tiles -= most - frames
         return frames, tokens, tiles
@@ -224,12 +226,18 @@ class TrainingPlan:
             start += share.rows
             if not share.rows:
                 continue
-            spare = (self.rows.most_frames[rows] - self.rows.fewest_frames[rows]) / 2
+            spare = self._spare_frames(rows)
             most = self.rows.tokens[rows].sum(dtype=np.float64) - spare.sum() * self._tokens_per_frame
             tokens += most / share.rows * share.samples
             tiles += (self.rows.tiles[rows].sum(dtype=np.float64) - spare.sum()) / share.rows * share.samples
         packs = max(tokens / self.settings.max_tokens, tiles / max(self.settings.max_tiles, 1))
         return packs / self.settings.packs_per_step
+
+    def _spare_frames(self, rows: slice) -> NDArray[np.float64]:
+        """Frames that a draw leaves out on average, of each row: the mean of max(0, most - drawn)."""
+        most, fewest = self.rows.most_frames[rows].astype(float), self.rows.fewest_frames[rows].astype(float)
+        choices = np.maximum(len(self.rows.frame_tokens) - fewest, 1)
+        return (most - fewest) * (most - fewest + 1) / 2 / choices
 
     @property
     def _tokens_per_frame(self) -> float:
@@ -238,11 +246,25 @@ class TrainingPlan:
 
 
 def draw_frames(
-    samples: NDArray[np.int64], fewest: NDArray[np.int16], most: NDArray[np.int16], *, seed: int, epoch: int
+    samples: NDArray[np.int64],
+    fewest: NDArray[np.int16],
+    most: NDArray[np.int16],
+    highest: int,
+    *,
+    seed: int,
+    epoch: int,
 ) -> NDArray[np.int16]:
-    """A number of frames for each sample, uniform in [fewest, most], from (seed, epoch, sample) alone.
+    """A number of frames for each sample, from (seed, epoch, sample) alone.
 
-    The sample's number is hashed (SplitMix64), so that it does not matter which samples there are besides.
+    Drawn uniformly from [fewest, highest] and capped by what the video has, as in the original; where the number is
+    fixed, fewest equals most. The sample's number is hashed (SplitMix64), so that it does not matter which samples
+    there are besides.
+
+    Args:
+        samples: sample numbers, `[n]`.
+        fewest, most: frames of each, `[n]`; 0 for samples without a video.
+        highest: `max_frames`.
+        seed, epoch: the only source of randomness.
     """
     with np.errstate(over="ignore"):
         bits = np.asarray(samples).astype(np.uint64)
@@ -251,8 +273,8 @@ def draw_frames(
             bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             bits ^= bits >> np.uint64(31)
-    choices = (most - fewest + 1).astype(np.uint64)
-    return (fewest + (bits % choices).astype(np.int16)).astype(np.int16)
+    choices = np.where(fewest < most, highest - fewest + 1, 1).astype(np.uint64)
+    return np.minimum(fewest + (bits % choices).astype(np.int16), most).astype(np.int16)
 
 
 def _with_numbers(pack: Pack, order: NDArray[np.int64], frames: NDArray[np.int16] | None) -> Pack:

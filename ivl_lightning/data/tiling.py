@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ivl_lightning.constants import IMAGENET_MEAN, IMAGENET_STD, TILE_SIZE
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
     from torch import Tensor
+
+    from ivl_lightning.config.schema import Resize
 
 
 @lru_cache(maxsize=256)
@@ -135,6 +138,7 @@ def cut_tiles(
     max_tiles: int = 12,
     tile_size: int = TILE_SIZE,
     use_thumbnail: bool = True,
+    resize: Resize = "exact",
 ) -> Tensor:
     """Resize an image to its grid and cut it, bitwise as the original before normalization.
 
@@ -148,27 +152,67 @@ def cut_tiles(
         max_tiles: most tiles of a grid.
         tile_size: side S of a tile in pixels.
         use_thumbnail: whether a grid of several tiles is followed by the whole image as one more tile.
+        resize: `exact` is Pillow's filter; `fast` is torch's with the same kernel and coarser weights, a few times
+            faster and at most 2 of 255 levels off.
 
     Returns:
         uint8 `[N, 3, S, S]`, contiguous.
 
     Raises:
-        ValueError: as `choose_grid`, or a mode that Pillow cannot convert.
+        ValueError: as `choose_grid`, a mode that Pillow cannot convert, or an unknown `resize`.
     """
+    if resize not in ("exact", "fast"):
+        raise ValueError(f"resize is {resize!r}; choose 'exact' (the original's pixels) or 'fast'")
     cols, rows = choose_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     tiles = np.empty((_with_thumbnail(cols * rows, use_thumbnail), 3, tile_size, tile_size), dtype=np.uint8)
-    whole = np.asarray(_resize(rgb, cols * tile_size, rows * tile_size))
-    grid = tiles[: cols * rows].reshape(rows, cols, 3, tile_size, tile_size)
-    grid[...] = whole.reshape(rows, tile_size, cols, tile_size, 3).transpose(0, 2, 4, 1, 3)
+    pixels = _Pixels(rgb, resize)
+    pixels.cut_into(tiles[: cols * rows], cols, rows)
     if len(tiles) > cols * rows:
-        tiles[-1] = np.asarray(_resize(rgb, tile_size, tile_size)).transpose(2, 0, 1)
+        pixels.cut_into(tiles[-1:], 1, 1)
     return torch.from_numpy(tiles)
 
 
-def _resize(image: Image, width: int, height: int) -> Image:
-    # Pillow's default filter for RGB is bicubic, and the original relies on that default.
-    return image.resize((width, height))
+class _Pixels:
+    """An RGB image that is resized to several sizes."""
+
+    def __init__(self, image: Image, resize: Resize) -> None:
+        self.image = image
+        self.resize = resize
+        self._tensor: Tensor | None = None
+
+    def cut_into(self, tiles: np.ndarray, cols: int, rows: int) -> None:
+        """Resize to a grid and write its tiles, row by row, into uint8 `[cols * rows, 3, S, S]`."""
+        size = tiles.shape[-1]
+        width, height = cols * size, rows * size
+        grid = tiles.reshape(rows, cols, 3, size, size)
+        if self.resize == "fast" and not _is_vertical_first(*self.image.size, width, height):
+            grid[...] = self._by_torch(width, height).reshape(3, rows, size, cols, size).transpose(1, 3, 0, 2, 4)
+            return
+        # Pillow's default filter for RGB is bicubic, and the original relies on that default.
+        resized = self.image.resize((width, height))
+        for row in range(rows):
+            # Pillow takes the channels apart faster than numpy does, and a strip at a time stays in the cache.
+            strip = resized.crop((0, row * size, width, (row + 1) * size))
+            for channel, band in enumerate("RGB"):
+                plane = np.frombuffer(strip.tobytes("raw", band), dtype=np.uint8)
+                grid[row, :, channel] = plane.reshape(size, cols, size).transpose(1, 0, 2)
+
+    def _by_torch(self, width: int, height: int) -> np.ndarray:
+        if self._tensor is None:
+            self._tensor = torch.from_numpy(np.array(self.image)).permute(2, 0, 1).unsqueeze(0)
+        resized = functional.interpolate(self._tensor, (height, width), mode="bicubic", antialias=True)
+        planes: np.ndarray = resized[0].numpy()
+        return planes
+
+
+def _is_vertical_first(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Whether Pillow resizes columns before rows, which torch never does; the order shows in up to 30 levels.
+
+    Found by trial with Pillow 13.0.0: it does so where that takes off more than twice as many rows as columns. Where
+    another Pillow has another rule, the wide images that are left to torch are resized rows first all the same.
+    """
+    return height - new_height > 2 * max(0, width - new_width)
 
 
 def normalize_tiles(

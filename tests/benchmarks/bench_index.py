@@ -27,7 +27,9 @@ from ivl_lightning.data.index import build_index
 from ivl_lightning.structures import Record, SampleCost
 from tests import tiny
 
-WORDS = np.array(["alpha", "house", "the", "of", "running", "quickly", "image", "number", "blue", "42", "market", "tree"])
+WORDS = np.array(
+    ["alpha", "house", "the", "of", "running", "quickly", "image", "number", "blue", "42", "market", "tree"]
+)
 
 
 def conversation(rng: np.random.Generator, question: int, answer: int, prefix: str = "") -> list[dict[str, str]]:
@@ -43,9 +45,7 @@ def write_rows(folder: Path, name: str, rows: list[dict[str, object]]) -> None:
 
 def encoder_of(meta: Path) -> RowEncoder:
     tokenizer = tiny.load_tiny_tokenizer()
-    factory = encoder_factory(
-        DataConfig(meta=""), tokenizer, template="internvl2_5", tile_tokens=256, training=True
-    )
+    factory = encoder_factory(DataConfig(meta=""), tokenizer, template="internvl2_5", tile_tokens=256, training=True)
     return factory(read_meta(meta)[0])
 
 

@@ -224,6 +224,13 @@ def test_changed_file_is_noticed(folder: Path) -> None:
     assert caught.value.reason == "row_lost"
 
 
+def test_the_clip_of_a_video() -> None:
+    assert media_of({"video": "v", "clip": [1, 2.5]}).clip == (1.0, 2.5)
+    for clip in ([2, 1], [1], "1-2", [None, 3], [-1, 2]):
+        with pytest.raises(RowError, match="'clip' is"):
+            media_of({"video": "v", "clip": clip})
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -238,6 +245,7 @@ def test_changed_file_is_noticed(folder: Path) -> None:
     ],
 )
 def test_media_order(row: dict[str, object], expected: tuple[object, ...]) -> None:
+    expected = (*expected, None)
     """A non-empty image, list or text, comes before a non-empty video; neither is text."""
     assert media_of(row) == expected
 

@@ -121,12 +121,31 @@ def test_frames_are_drawn_and_counted():
 
 
 def test_a_draw_depends_on_the_sample_alone():
-    """Sample 5 gets the same frames whatever stands beside it; 8 to 11 come up a quarter of the time each."""
-    low, high = np.full(20_000, 8, np.int16), np.full(20_000, 11, np.int16)
-    frames = draw_frames(np.arange(20_000), low, high, seed=1, epoch=2)
-    assert draw_frames(np.array([5]), low[:1], high[:1], seed=1, epoch=2)[0] == frames[5]
+    """Sample 5 gets the same frames whatever stands beside it.
+
+    8 to 11 come up a quarter of the time each; a video of 9 frames takes 9 where 9, 10 or 11 come up; a fixed number
+    stays, and what is no video has none.
+    """
+    full = [np.full(20_000, value, np.int16) for value in (8, 11, 9, 0)]
+
+    def draw(numbers, low, high, epoch=2):
+        return draw_frames(numbers, full[low][: len(numbers)], full[high][: len(numbers)], 11, seed=1, epoch=epoch)
+
+    frames = draw(np.arange(20_000), 0, 1)
+    assert draw(np.array([5]), 0, 1)[0] == frames[5]
     assert np.allclose(np.bincount(frames, minlength=12)[8:] / 20_000, 0.25, atol=0.02)
-    assert not np.array_equal(frames, draw_frames(np.arange(20_000), low, high, seed=1, epoch=3))
+    assert not np.array_equal(frames, draw(np.arange(20_000), 0, 1, epoch=3))
+    assert np.allclose(np.bincount(draw(np.arange(20_000), 0, 2))[8:] / 20_000, [0.25, 0.75], atol=0.02)
+    assert set(draw(np.arange(100), 2, 2)) == {9}
+    assert set(draw(np.arange(100), 3, 3)) == {0}
+
+
+def test_the_expected_frames_are_the_mean_of_the_draws():
+    """Two videos, [2, 4] of at most 5: drawn 2..5, capped at 4: mean (2 + 3 + 4 + 4) / 4 = 3.25, so 0.75 are spared."""
+    two = np.array([2, 2], np.int16)
+    rows = PlanRows(two, two, 2 * two, 2 * two, two, np.arange(6))
+    plan = TrainingPlan(rows, of_sizes([2], [1]), PlanSettings(1, 100, 1, 4, 0, "token"))
+    assert plan.fewest_steps() == pytest.approx(2 * 3.25)
 
 
 @settings(deadline=None, max_examples=30)

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -222,3 +222,39 @@ def test_normalization_rounds_once() -> None:
 def test_normalizing_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="expected uint8"):
         normalize_tiles(torch.zeros(1, 3, 8, 8))
+
+
+def binary_noise(width: int, height: int) -> Image.Image:
+    """The hardest picture for a filter: each value black or white."""
+    values = np.random.default_rng(0).integers(0, 2, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values * 255)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1920, 1080), (700, 1500), (449, 448), (1, 1), (3, 900)])
+def test_fast_resize_stays_within_two_levels(size: tuple[int, int]) -> None:
+    image = binary_noise(*size)
+    exact, fast = cut_tiles(image), cut_tiles(image, resize="fast")
+    assert fast.dtype == torch.uint8
+    assert fast.is_contiguous()
+    assert fast.shape == exact.shape
+    assert (exact.int() - fast.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("size", [(480, 640), (300, 900), (620, 877), (1080, 1920)])
+def test_fast_thumbnail_of_a_tall_image_is_exact(size: tuple[int, int]) -> None:
+    """Pillow shrinks these columns first; torch, which cannot, would be off by dozens of levels."""
+    image = binary_noise(*size)
+    assert torch.equal(cut_tiles(image)[-1], cut_tiles(image, resize="fast")[-1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 6))
+def test_fast_resize_of_any_size(width: int, height: int, max_tiles: int) -> None:
+    image = binary_noise(width, height)
+    exact, fast = (cut_tiles(image, max_tiles=max_tiles, tile_size=56, resize=mode) for mode in ("exact", "fast"))
+    assert (exact.int() - fast.int()).abs().max() <= 2
+
+
+def test_unknown_resize_is_named() -> None:
+    with pytest.raises(ValueError, match="resize is 'quick'; choose 'exact'"):
+        cut_tiles(binary_noise(8, 8), resize="quick")
