@@ -174,13 +174,11 @@ def _audit(config: AuditConfig) -> Audit:
 
 def _tokenizer(config: AuditConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or the miniature's where none is given."""
-    from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
+    from ivl_lightning.launch.network import tokenizer_of
+    from ivl_lightning.models.tokenizer import load_tokenizer
 
-    source = config.model.tokenizer or config.model.path
-    if source is not None:
-        tokenizer = load_tokenizer(source)
-        add_special_tokens(tokenizer)
-        return tokenizer
+    if config.model.tokenizer or config.model.path:
+        return tokenizer_of(config.model)
     from ivl_lightning.miniature.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
@@ -196,24 +194,22 @@ def _geometry(config: AuditConfig) -> Geometry:
     """
     from ivl_lightning.constants import PATCH_SIZE
     from ivl_lightning.data.layout import tokens_per_tile
+    from ivl_lightning.data.plan import DEFAULT_COST
+    from ivl_lightning.launch.network import cost_of, shapes_of
+    from ivl_lightning.models import parts
     from ivl_lightning.reporting.audit.audit import Geometry
 
     model, tile_size = config.model, config.data.tile_size
-    vision, ratio = dict(model.vision), model.downsample_ratio
-    if model.path is not None and not vision:
-        from transformers import AutoConfig
-
-        from ivl_lightning.models import parts
-
-        shapes = AutoConfig.from_pretrained(model.path, local_files_only=True)
-        vision = {"image_size": parts.tile_size(shapes), "patch_size": parts.patch_size(shapes)}
-        ratio = shapes.downsample_ratio
-    if vision.get("image_size", tile_size) != tile_size:
-        raise ConfigError(
-            f"data.tile_size={tile_size}, but the vision tower takes {vision['image_size']}: make them equal"
-        )
+    if model.language_model or model.path is not None:
+        shapes = shapes_of(model)
+        side, patch, ratio = parts.tile_size(shapes), parts.patch_size(shapes), shapes.downsample_ratio
+        cost = cost_of(model, config.stage, shapes)
+    else:
+        side, patch = model.vision.get("image_size", tile_size), model.vision.get("patch_size", PATCH_SIZE)
+        ratio, cost = model.downsample_ratio, DEFAULT_COST
+    if side != tile_size:
+        raise ConfigError(f"data.tile_size={tile_size}, but the vision tower takes {side}: make them equal")
     source = model.tokenizer or model.path
-    patch = vision.get("patch_size", PATCH_SIZE)
     return Geometry(
         tokenizer=_STAND_IN if source is None else source,
         exact=source is not None,
@@ -221,6 +217,7 @@ def _geometry(config: AuditConfig) -> Geometry:
         tile_size=tile_size,
         patch_size=patch,
         tokens_per_tile=tokens_per_tile(tile_size, patch, ratio),
+        cost=cost,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ivl_lightning.config.schema import DataConfig, ModelConfig, Strict
+from ivl_lightning.config.schema import DataConfig, ModelConfig, StageConfig, Strict
 
 DropRule = Literal["repeated_lines", "repeated_ngrams", "sentence_length", "answer_length", "zeros", "duplicate"]
 
@@ -18,6 +18,7 @@ class AuditConfig(Strict):
         output: folder of `audit.html` and `audit.json`.
         data: as in training: the audit measures what the run would measure.
         model: its tokenizer, template and tile geometry; weights are not read.
+        stage: what would train, which decides what work costs and so which packs stand side by side.
         rows: rows of each dataset that are opened and decoded, spread by a hash of their content; null opens all.
         examples: rows of each dataset that are shown as the model sees them.
         seed: of the forecast epoch and of the shown augmentation.
@@ -30,6 +31,7 @@ class AuditConfig(Strict):
     output: str
     data: DataConfig
     model: ModelConfig
+    stage: StageConfig
     rows: int | None = 200
     examples: int = 4
     seed: int = 0

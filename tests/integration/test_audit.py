@@ -11,9 +11,7 @@ import pytest
 from PIL import Image
 
 from ivl_lightning.cli.audit import main
-from ivl_lightning.data.corpus import read_corpus
-from ivl_lightning.data.encoding import encoder_factory
-from ivl_lightning.reporting.audit.forecast import training_plan
+from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.reporting.audit.page import MOST_LINES
 from ivl_lightning.reporting.audit.statistics import histogram
 from ivl_lightning.reporting.audit.token_text import token_spans
@@ -138,24 +136,23 @@ def test_rows_are_shown_as_the_model_sees_them(audit, tmp_path):
     assert '<span class="chip special">&lt;img&gt;</span>' in text
 
 
-def test_the_forecast_is_the_plan_of_training(audit, meta):
+def test_the_forecast_is_what_training_does(audit, meta):
+    """Packs, steps, fill and idle share of an epoch, against the batches that training gets."""
     _, folder = audit(meta, *SHAPES, "seed=3")
     packing = read(folder)["packing"]
-    config = tiny.tiny_data_config(meta)
-    factory = encoder_factory(
-        config, tiny.load_tiny_tokenizer(), template="internvl2_5", tile_tokens=tiny.TILE_TOKENS, training=True
-    )
-    corpus = read_corpus(str(meta), factory, cache_dir=None, progress=False, workers=1)
-    steps = list(training_plan(corpus, config, seed=3).epoch(0))
-    packs = [pack for step in steps for pack in step.packs if pack.samples]
-    assert packing["packs"] == len(packs)
-    assert packing["steps"] == len(steps)
-    assert packing["samples"] == 24
-    assert packing["tokens"] == sum(pack.tokens for pack in packs) == corpus.column("tokens").sum()
-    assert packing["tiles"] == corpus.column("tiles").sum()
-    bound = max(-(-packing["tokens"] // 256), -(-packing["tiles"] // 16))
+    tokenizer = tiny.load_tiny_tokenizer()
+    data = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, seed=3, patch_size=tiny.PATCH_SIZE)
+    data.setup("fit")
+    batches = [batch for batch in data.train_dataloader() if batch.sample_ids]
+    tokens = sum(batch.input_ids.shape[1] for batch in batches)
+    tiles = sum(len(batch.pixel_values) for batch in batches)
+    assert (packing["packs"], packing["tokens"], packing["tiles"]) == (len(batches), tokens, tiles)
+    assert packing["steps"] == len({batch.planned.step for batch in batches})
+    assert packing["samples"] == sum(len(batch.sample_ids) for batch in batches) == 24
+    assert packing["fill_tokens"] == pytest.approx(tokens / (256 * len(batches)))
+    bound = max(-(-tokens // 256), -(-tiles // 16))
     assert packing["lower_bound"] == bound
-    assert packing["efficiency"] == pytest.approx(bound / len(packs))
+    assert packing["efficiency"] == pytest.approx(bound / len(batches))
     assert 0 <= packing["idle"] < 1
 
 

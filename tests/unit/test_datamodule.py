@@ -378,9 +378,10 @@ def test_rows_that_broke_before_the_checkpoint_stay_out(meta, tokenizer):
 
 def test_horizon_of_a_second_run_is_counted(meta, tokenizer, tmp_path):
     """The first run estimates; a whole pass is counted beside the index, and the second run knows."""
-    data = module(meta, tokenizer, packs_per_step=2, cache_dir=str(tmp_path))
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=3)
-    data.trainer = trainer
+    config = tiny.tiny_data_config(meta, packs_per_step=2, cache_dir=str(tmp_path))
+    data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
+    data.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=3)
+    data.setup("fit")
     assert data.horizon().estimated
     steps = len(list(data.train_dataloader())) // 2
     assert data.horizon() == Horizon(3 * steps, estimated=False)

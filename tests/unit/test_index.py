@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_so(meta, tmp_path):
 
 def test_a_folder_that_is_a_file_is_said_so(meta, tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(IndexWriteError, match="data.cache_dir=.*cannot be made"):
+    with pytest.raises(IndexWriteError, match=r"data.cache_dir=.*cannot be made"):
         build_index(make_encoder(meta), cache_dir=tmp_path / "cache", workers=1, progress=False)
 
 

@@ -30,6 +30,7 @@ class Geometry:
         exact: whether it is the model's own; with another one token counts are approximate.
         template: chat template.
         tile_size, patch_size, tokens_per_tile: of the vision tower.
+        cost: modeled work per token, per squared document length, per tile; see `models.cost`.
     """
 
     tokenizer: str
@@ -38,6 +39,7 @@ class Geometry:
     tile_size: int
     patch_size: int
     tokens_per_tile: int
+    cost: tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def audit_corpus(
         warnings=warnings,
         flagged=scan.flagged,
         checked=scan.checked,
-        packing=forecast(corpus, config, seed, show=show),
+        packing=forecast(corpus, config, seed, cost=geometry.cost, show=show),
         examples=opened.examples,
     )
 

@@ -9,26 +9,27 @@ import numpy as np
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.mixture import epoch_size
-from ivl_lightning.data.plan import PlannedStep, TrainingPlan, idle_share
+from ivl_lightning.data.plan import Cost, PlannedStep, TrainingPlan, idle_share
 from ivl_lightning.data.stream import mixture_of, plan_settings
 from ivl_lightning.reporting.audit.findings import Forecast
 from ivl_lightning.reporting.audit.progress import tracked
 
 
-def forecast(corpus: Corpus, config: DataConfig, seed: int, *, show: bool) -> Forecast | None:
+def forecast(corpus: Corpus, config: DataConfig, seed: int, *, cost: Cost, show: bool) -> Forecast | None:
     """What packing makes of the first epoch; None where it has no sample.
 
     Args:
         corpus: as indexed.
         config: mixture, caps, pool and packs of a step.
         seed: of the run.
+        cost: modeled work of the stage.
         show: a progress bar.
     """
     mixture = mixture_of(corpus, config)
     if not epoch_size(mixture):
         return None
     # How labels are weighed does not decide what is packed.
-    plan = TrainingPlan(corpus.plan_rows(), mixture, plan_settings(config, seed=seed, reduction="token"))
+    plan = TrainingPlan(corpus.plan_rows(), mixture, plan_settings(config, seed=seed, reduction="token", cost=cost))
     steps = tracked(plan.epoch(0), "forecasting steps", int(plan.fewest_steps()) + 1, show=show)
     return summarize([_bare(step) for step in steps], config)
 
