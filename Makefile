@@ -50,7 +50,8 @@ format: $(STAMP) ## let ruff format and mend what it can
 
 bench: $(STAMP) ## measure: every tests/benchmarks/bench_*.py
 	@set -e; found=no; for file in tests/benchmarks/bench_*.py; do \
-		test -f "$$file" || continue; found=yes; echo "== $$file"; $(BIN)/python "$$file" $(ARGS); \
+		test -f "$$file" || continue; found=yes; echo "== $$file"; \
+		OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python "$$file" $(ARGS); \
 	done; test $$found = yes || echo "there is no benchmark yet: tests/benchmarks/ holds no bench_*.py"
 
 soak: $(STAMP) ## tests that take minutes

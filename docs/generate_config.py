@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ivl_lightning.config import schema
+from ivl_lightning.config.audit import AuditConfig
 
 TARGET = Path(__file__).with_name("config.md")
 
@@ -26,12 +27,13 @@ GROUPS: dict[str, type] = {
     "trainer": schema.TrainerConfig,
     "strategy": schema.StrategyConfig,
     "recipe": schema.RecipeConfig,
+    "ivl-audit": AuditConfig,
 }
 
 HEADER = """\
 # Settings
 
-<!-- Written by `python docs/generate_config.py` from ivl_lightning/config/schema.py; do not edit. -->
+<!-- Written by `python docs/generate_config.py` from ivl_lightning/config/; do not edit. -->
 
 Every setting, its type, its default and what it means. Give them on the command line (`data.max_tiles=6`), for one
 stage of a run (`recipe.stages.mlp_warmup.optim.lr=1e-4`), or in a config file of your own. A misspelt setting and a
@@ -62,7 +64,8 @@ def _section(key: str, kind: type) -> Iterator[str]:
     for field in dataclasses.fields(kind):
         if field.name not in sentences:
             raise ValueError(f"{kind.__name__}.{field.name} has no sentence under Attributes in its class's docstring")
-        name = f"{key}.{field.name}" if key else field.name
+        # A command of its own has its settings at the top.
+        name = f"{key}.{field.name}" if key and not key.startswith("ivl-") else field.name
         cells = (f"`{name}`", type_name(hints[field.name]), _default(field), sentences[field.name])
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""

@@ -63,6 +63,12 @@ def _data_faults(config: RunConfig) -> list[str]:
             f"data.min_tiles={data.min_tiles}, data.max_tiles={data.max_tiles}, "
             f"data.val_max_tiles={data.val_max_tiles}: each at least 1, and max_tiles not below min_tiles"
         )
+    if not 1 <= data.min_frames <= data.max_frames:
+        faults.append(
+            f"data.min_frames={data.min_frames}, data.max_frames={data.max_frames}: at least 1, and max not below min"
+        )
+    if data.index_workers is not None and data.index_workers < 1:
+        faults.append(f"data.index_workers={data.index_workers} must be at least 1, or null for one per core")
     if not 0.0 <= data.reject_limit <= 1.0:
         faults.append(f"data.reject_limit={data.reject_limit} is a share between 0 and 1")
     if data.val_meta is not None and data.val_rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,11 @@ class Corpus:
         return sum(self.sizes)
 
     def column(self, name: str) -> NDArray[Any]:
-        """A column of all rows, `[n]`."""
-        return np.concatenate([index.columns[name] for index in self.indexes])
+        """A column of all rows, `[n]`; not to be written to."""
+        columns = [index.columns[name] for index in self.indexes]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
+    @cached_property
     def plan_rows(self) -> PlanRows:
         """What the plan knows of the rows."""
         most = self.column("frames")

@@ -213,7 +213,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             return []
         corpus, config = self.val_corpus, self.config
         packs = fixed_plan(
-            corpus.plan_rows(),
+            corpus.plan_rows,
             max_tokens=config.max_tokens,
             max_tiles=config.max_pack_tiles,
             reduction=self.reduction,

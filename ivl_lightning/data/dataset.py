@@ -53,7 +53,7 @@ class PackDataset(Dataset[PackedBatch]):
         self.augmentation_seed = augmentation_seed
         self.retries = retries
         self.left_out = left_out
-        self._rows = corpus.plan_rows()
+        self._rows = corpus.plan_rows
 
     def __getitem__(self, planned: PlannedPack) -> PackedBatch:
         """A sample that cannot be read is left out and reported; the pack goes on without it."""

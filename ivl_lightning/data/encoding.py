@@ -23,7 +23,7 @@ from ivl_lightning.data.conversation import TokenizedRow, tokenize_prompt, token
 from ivl_lightning.data.layout import EncodingSettings, Layout, fit
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.tiling import count_tiles, cut_tiles, tile_budget
-from ivl_lightning.data.video import VideoHeader, frame_indices, frame_range
+from ivl_lightning.data.video import VideoHeader, frame_indices, frame_range, parse_sampling
 from ivl_lightning.structures import Encoded, Record, RowError, SampleCost, VideoCost
 
 Tokenize = Callable[..., TokenizedRow]
@@ -213,7 +213,11 @@ def encoder_factory(
         template: chat template.
         tile_tokens: context tokens of a tile.
         training: false takes `val_max_tiles` for every dataset.
+
+    Raises:
+        ValueError: `frame_sampling` is not known.
     """
+    parse_sampling(config.frame_sampling)
     settings = EncodingSettings(
         template=template,
         max_tokens=min(config.max_tokens, config.max_sample_tokens or config.max_tokens),

@@ -68,10 +68,9 @@ class DatasetIndex:
     @property
     def fingerprint(self) -> str:
         """Hash of the rows' content and cost; equal fingerprints mean equal plans."""
-        parts = (self.columns[name].tobytes() for name in ("digest", "tokens", "labels", "tiles", "min_frames"))
         digest = hashlib.blake2b(digest_size=8)
-        for part in parts:
-            digest.update(part)
+        for name in ("digest", "tokens", "labels", "tiles", "min_frames"):
+            digest.update(np.ascontiguousarray(self.columns[name]).view(np.uint8))
         return digest.hexdigest()
 
 

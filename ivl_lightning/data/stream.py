@@ -76,7 +76,7 @@ class TrainingStream:
         self.settings = settings
         self.position = Position()
         self.mixture = self._own_mixture = mixture_of(corpus, config)
-        self._plan = TrainingPlan(corpus.plan_rows(), self.mixture, settings)
+        self._plan = TrainingPlan(corpus.plan_rows, self.mixture, settings)
         self._finished = False
 
     @property
@@ -116,7 +116,7 @@ class TrainingStream:
     def _set(self, mixture: tuple[Share, ...], epoch: int, plan_state: dict[str, Any] | None) -> None:
         if mixture != self.mixture:
             self.mixture = mixture
-            self._plan = TrainingPlan(self.view.plan_rows(), mixture, self.settings)
+            self._plan = TrainingPlan(self.view.plan_rows, mixture, self.settings)
         self.position.epoch, self.position.state = epoch, plan_state
 
     def packs(self, rank: int, world_size: int, *, count_in: Path | None = None) -> Iterator[PlannedPack]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -46,8 +46,21 @@ class Recorder(Callback):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def fit(meta: Path, strategy: str, world_size: int, *, reduction: str, normaliser: str, stage: str) -> dict[str, Any]:
-    """Train a few steps; the same seeds whatever the layout."""
+def fit(
+    meta: Path,
+    strategy: str,
+    world_size: int,
+    *,
+    reduction: str,
+    normaliser: str,
+    stage: str,
+    checkpoints: Path,
+    resume: bool,
+) -> dict[str, Any]:
+    """Train a few steps; the same seeds whatever the layout.
+
+    One process keeps the state behind each step in `checkpoints`; `resume` goes on behind its first step.
+    """
     tokenizer = tiny.load_tiny_tokenizer()
     stage_class = {"instruction_tuning": InstructionTuning, "mlp_warmup": MLPWarmup}[stage]
     module = stage_class(
@@ -59,20 +72,21 @@ def fit(meta: Path, strategy: str, world_size: int, *, reduction: str, normalise
     config = tiny.tiny_data_config(meta, max_tokens=420, max_pack_tiles=8, val_rows=5)
     data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
     recorder = Recorder()
+    keep = ModelCheckpoint(dirpath=checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy=build_strategy(StrategyConfig(name=strategy), num_ranks=world_size),
         max_steps=STEPS,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=world_size == 1,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=1.0,
-        callbacks=[recorder],
+        callbacks=[recorder, keep] if world_size == 1 else [recorder],
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=checkpoints / "step=1.ckpt" if resume else None, weights_only=True)
     metrics = trainer.validate(module, data, verbose=False)[0]
     return {"losses": recorder.losses, "gradients": recorder.gradients, "validation": metrics}
 
@@ -82,8 +96,19 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for case in sys.argv[4:]:
-        strategy, stage, reduction, normaliser = case.split("/")
-        results[case] = fit(meta, strategy, world_size, reduction=reduction, normaliser=normaliser, stage=stage)
+        strategy, stage, reduction, rule = case.split("/")
+        resume = rule == "resume"
+        normaliser = "step" if resume else rule
+        results[case] = fit(
+            meta,
+            strategy,
+            world_size,
+            reduction=reduction,
+            normaliser=normaliser,
+            stage=stage,
+            checkpoints=out.parent / f"{stage}-{reduction}-{normaliser}",
+            resume=resume,
+        )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(results, out)
 

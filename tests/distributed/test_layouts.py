@@ -20,6 +20,7 @@ TWO_RANKS = [
     "ddp/mlp_warmup/square/micro_batch",
 ]
 FOUR_RANKS = ["ddp/instruction_tuning/square/step"]
+RESUMED = "ddp/instruction_tuning/square/resume"
 
 
 def start(world_size: int, meta: Path, out: Path, cases: list[str]) -> subprocess.Popen[str]:
@@ -40,7 +41,7 @@ def results(tmp_path_factory):
     meta = tiny.write_tiny_data(folder / "data")
     alone = sorted({"/".join(["single", *case.split("/")[1:]]) for case in [*TWO_RANKS, *FOUR_RANKS]})
     found = {}
-    for world_size, cases in ((1, alone), (2, TWO_RANKS), (4, FOUR_RANKS)):
+    for world_size, cases in ((1, alone), (2, [*TWO_RANKS, RESUMED]), (4, FOUR_RANKS)):
         out = folder / f"{world_size}.pt"
         process = start(world_size, meta, out, cases)
         output = process.communicate(timeout=240)[0]
@@ -64,6 +65,12 @@ def test_layout_changes_nothing(results, world_size, case):
     assert ours["gradients"].keys() == wanted["gradients"].keys()
     for name, gradient in ours["gradients"].items():
         torch.testing.assert_close(gradient, wanted["gradients"][name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_two_ranks_go_on_where_one_process_stopped(results):
+    """Saved behind step 1 of one process that accumulates 4 packs, continued on 2 ranks: the same packs and losses."""
+    wanted = results[1]["single/instruction_tuning/square/step"]["losses"]
+    assert results[2][RESUMED]["losses"] == pytest.approx(wanted[1:], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in TWO_RANKS if "micro_batch" not in case])

@@ -103,7 +103,10 @@ def test_validating_before_training(tokenizer, tmp_path):
 
 
 def test_packing_stats_are_the_plan(meta, tokenizer, tmp_path):
-    """Fill of a step = tokens of its packs / (packs x cap), from the plan."""
+    """Fill of a step = tokens of its packs / (packs x cap), from the plan.
+
+    Each dataset's tokens add up to all tokens so far, and the datasets' losses, weighted, to the loss.
+    """
     seen = {}
 
     class Keep(Callback):
@@ -114,6 +117,15 @@ def test_packing_stats_are_the_plan(meta, tokenizer, tmp_path):
                 metrics = trainer.callback_metrics
                 assert metrics["data/fill_tokens"] == pytest.approx(sum(p.tokens for p in packs) / (len(packs) * 420))
                 assert metrics["data/samples"] == sum(len(p.samples) for p in packs)
+                assert metrics["data/samples_per_pack"] == metrics["data/samples"] / 2
+                assert metrics["data/idle"] == 0.0, "one rank waits for nobody"
+                assert 0.0 <= metrics["data/wait"] <= 1.0
+                total = sum(pack.tokens for packs in seen.values() for pack in packs)
+                assert metrics["data/tokens/pictures"] + metrics["data/tokens/text"] == total
+                assert metrics["data/tiles/text"] == 0.0
+                assert metrics["data/tiles/pictures"] == sum(p.tiles for packs in seen.values() for p in packs)
+                losses = [float(metrics[key]) for key in ("train/loss/pictures", "train/loss/text") if key in metrics]
+                assert min(losses) <= float(metrics["train/loss"]) <= max(losses)
 
     fit(meta, tokenizer, tmp_path, steps=3, callbacks=[PackingStats(), Keep()])
     assert len(seen) == 3

@@ -29,7 +29,7 @@ def forecast(corpus: Corpus, config: DataConfig, seed: int, *, cost: Cost, show:
     if not epoch_size(mixture):
         return None
     # How labels are weighed does not decide what is packed.
-    plan = TrainingPlan(corpus.plan_rows(), mixture, plan_settings(config, seed=seed, reduction="token", cost=cost))
+    plan = TrainingPlan(corpus.plan_rows, mixture, plan_settings(config, seed=seed, reduction="token", cost=cost))
     steps = tracked(plan.epoch(0), "forecasting steps", int(plan.fewest_steps()) + 1, show=show)
     return summarize([_bare(step) for step in steps], config)
 
