@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ivl_lightning.reporting.metrics_csv import Series, smoothed, thinned
 from ivl_lightning.reporting.run_folder import StageFolder
-from ivl_lightning.reporting.scores import score_kinds
+from ivl_lightning.reporting.scores import DATASET_LOSS, dataset_names, score_kinds
 from ivl_lightning.reporting.table import MEAN_SCORE
 
 _POINTS = 600
@@ -42,6 +42,21 @@ def loss_figure(stages: Sequence[StageFolder]) -> str | None:
     panels[0].set_ylabel("loss")
     if min(values) > 0 and max(values) > _LOG_RATIO * min(values):
         _logarithmic(panels[0])
+    return _data_uri(figure, panels)
+
+
+def dataset_loss_figure(stages: Sequence[StageFolder]) -> str | None:
+    """Training loss of each dataset, smoothed; None where none was logged."""
+    names = dataset_names(stages)
+    if not names:
+        return None
+    figure, panels = _panels(stages, height=max(3.4, 0.22 * len(names) + 1.0))
+    for stage, axes in zip(stages, panels, strict=True):
+        for index, name in enumerate(names):
+            losses = stage.metrics.series(f"{DATASET_LOSS}{name}")
+            look = {**_look(index), "marker": ""}
+            _line(axes, smoothed(losses, max(len(losses) // 30, 1)), label=name, linewidth=1.2, **look)
+    panels[0].set_ylabel("loss")
     return _data_uri(figure, panels)
 
 

@@ -13,7 +13,14 @@ from ivl_lightning.reporting.cards import card_decks
 from ivl_lightning.reporting.environment import environment
 from ivl_lightning.reporting.left_out import left_out
 from ivl_lightning.reporting.run_folder import Run, StageFolder, read_run
-from ivl_lightning.reporting.scores import PACKING_COLUMNS, packing_rows, score_kinds, score_rows
+from ivl_lightning.reporting.scores import (
+    DATASET_COLUMNS,
+    PACKING_COLUMNS,
+    dataset_rows,
+    packing_rows,
+    score_kinds,
+    score_rows,
+)
 from ivl_lightning.reporting.table import COLUMNS, MEAN_SCORE, NONE, duration, percent, stage_cells
 
 REPORT_NAME = "report.html"
@@ -38,7 +45,7 @@ def write_report(run_dir: str) -> Path:
 def render(run: Run) -> str:
     """The page as text."""
     # Imported late: matplotlib takes its time, and only drawing needs it.
-    from ivl_lightning.reporting.figures import loss_figure, score_figure
+    from ivl_lightning.reporting.figures import dataset_loss_figure, loss_figure, score_figure
 
     template = files("ivl_lightning.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -52,6 +59,9 @@ def render(run: Run) -> str:
         loss_figure=loss_figure(stages),
         score_figure=score_figure(stages),
         score_rows=score_rows(stages) if score_kinds(stages) else [],
+        dataset_figure=dataset_loss_figure(stages),
+        dataset_columns=DATASET_COLUMNS,
+        dataset_rows=dataset_rows(stages),
         packing_columns=PACKING_COLUMNS,
         packing_rows=packing_rows(stages),
         decks=card_decks(stages),

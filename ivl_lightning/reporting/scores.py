@@ -12,10 +12,15 @@ PACKING_COLUMNS = (
     "stage",
     "tokens filled",
     "tiles filled",
+    "ranks idle",
+    "loader wait",
     "samples per step",
+    "samples per pack",
     "tokens per second",
     "tiles per second",
 )
+DATASET_COLUMNS = ("stage", "dataset", "tokens", "tiles", "loss")
+DATASET_LOSS = "train/loss/"
 
 
 def score_kinds(stages: Sequence[StageFolder]) -> list[str]:
@@ -50,5 +55,26 @@ def _packing_row(stage: StageFolder) -> list[str]:
     def mean(name: str) -> float | None:
         return fmean(found) if (found := values(name)) else None
 
-    fills = [percent(mean("fill_tokens")), percent(mean("fill_tiles"))]
-    return [stage.name, *fills, number(mean("samples")), rate("tokens_per_s"), rate("tiles_per_s")]
+    shares = [percent(mean(name)) for name in ("fill_tokens", "fill_tiles", "idle", "wait")]
+    samples = [number(mean(name)) for name in ("samples", "samples_per_pack")]
+    return [stage.name, *shares, *samples, rate("tokens_per_s"), rate("tiles_per_s")]
+
+
+def dataset_names(stages: Sequence[StageFolder]) -> list[str]:
+    """Datasets whose training loss was logged, in the order in which they appear."""
+    names = (name for stage in stages for name in stage.metrics.names(DATASET_LOSS))
+    return list(dict.fromkeys(name.removeprefix(DATASET_LOSS) for name in names))
+
+
+def dataset_rows(stages: Sequence[StageFolder]) -> list[list[str]]:
+    """What each dataset gave to each stage: tokens, tiles, and its loss over the last tenth of the steps."""
+    return [_dataset_row(stage, name) for stage in stages for name in dataset_names([stage])]
+
+
+def _dataset_row(stage: StageFolder, name: str) -> list[str]:
+    losses = [value for _, value in stage.metrics.series(f"{DATASET_LOSS}{name}")]
+    counts = []
+    for kind in ("tokens", "tiles"):
+        series = stage.metrics.series(f"data/{kind}/{name}")
+        counts.append(f"{series[-1][1]:,.0f}" if series else NONE)
+    return [stage.name, name, *counts, number(fmean(losses[len(losses) * 9 // 10 :]))]

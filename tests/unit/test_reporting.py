@@ -81,10 +81,10 @@ def run_dir(tmp_path: Path) -> Path:
             folder,
             0,
             "step,train/loss,data/fill_tokens,data/fill_tiles,data/samples,data/tokens_per_s,data/tiles_per_s,"
-            "val/loss,val/exact_match,val/exact_match/color",
-            "0,5.25,0.9,0.8,10,100,7,,,",
-            "1,0.125,0.7,0.6,20,300,9,,,",
-            "1,,,,,,,0.5,0.75,1.0",
+            "val/loss,val/exact_match,val/exact_match/color,data/idle,train/loss/charts,data/tokens/charts",
+            "0,5.25,0.9,0.8,10,100,7,,,,0.25,6.5,1000",
+            "1,0.125,0.7,0.6,20,300,9,,,,0.35,4.75,2345",
+            "1,,,,,,,0.5,0.75,1.0,,,",
         )
         write_lines(folder / "samples.jsonl", sample())
     return run
@@ -194,9 +194,10 @@ def test_duration(seconds: float, text: str) -> None:
 def test_page_shows_run_stages_scores_packing_and_settings(run_dir: Path) -> None:
     (run_dir / "command.txt").write_text("python train.py run_dir='first run'\n")
     text = page(run_dir)
-    for part in ("first_run", "Recipe small, model tiny", "5.25 -&gt; 0.125", "75.0%", "1 min 15 s", "80.0%", "70.0%"):
+    for part in ("first_run", "Recipe small, model tiny", "5.25 -&gt; 0.125", "75.0%", "1 min 15 s", "80.0%", "70.0%", "30.0%"):
         assert part in text
-    assert text.count('class="plot" src="data:image/svg+xml;base64,') == 2
+    assert text.count('class="plot" src="data:image/svg+xml;base64,') == 3
+    assert "<td>charts</td><td>2,345</td><td>none</td><td>4.75</td>" in text
     assert "<td>shape</td><td>50.0%</td><td>50.0%</td>" in text
     assert text.count("every row was used") == 2
     assert "python train.py run_dir=&#39;first run&#39;" in text
@@ -210,7 +211,7 @@ def test_page_needs_no_other_file(run_dir: Path) -> None:
     write_lines(run_dir / "mlp_warmup" / "samples.jsonl", sample(images=[str(picture)]))
     text = page(run_dir)
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(sources) == 3
+    assert len(sources) == 4
     assert all(source.startswith("data:image/") for source in sources)
     assert "url(" not in text
 
