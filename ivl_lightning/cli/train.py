@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ivl_lightning.config.check import ConfigError
-from ivl_lightning.launch.overrides import check_keys, complete
+from ivl_lightning.launch.command import job_folder, stage_configs, take_arguments
 
 
 def main() -> None:
     """The command. A user's mistake ends with its message and exit code 1."""
-    recipes = [path.name.removesuffix(".yaml") for path in files("ivl_lightning.conf").joinpath("recipe").iterdir()]
-    arguments = complete(sys.argv[1:], recipes)
-    try:
-        check_keys(arguments)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    sys.argv[1:] = arguments
+    take_arguments()
     _main()
 
 
@@ -45,12 +37,8 @@ def run(composed: DictConfig) -> None:
     """
     # Imported late: --help, --cfg and wrong settings need neither torch nor matplotlib.
     from ivl_lightning.launch.chain import StageFailedError, run_chain
-    from ivl_lightning.launch.compose import compose_stage, stage_names
 
-    run_dir = job_folder(composed.run_dir)
-    arguments = [*HydraConfig.get().overrides.task, *_search_path()]
-    names = stage_names(composed.stages, list(composed.recipe.stages))
-    configs = {name: compose_stage(name, arguments, run_dir=run_dir) for name in names}
+    configs, run_dir = stage_configs(composed), job_folder(composed.run_dir)
     _write_command(run_dir)
     try:
         results = run_chain(configs)
@@ -76,17 +64,6 @@ def _write_command(run_dir: str) -> None:
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
     (Path(run_dir) / "command.txt").write_text(command + "\n", encoding="utf-8")
-
-
-def job_folder(run_dir: str) -> str:
-    """The run folder of this job: the one given, or of a multirun a numbered folder below it."""
-    settings = HydraConfig.get()
-    return f"{run_dir}/{settings.job.num}" if settings.mode == RunMode.MULTIRUN else run_dir
-
-
-def _search_path() -> list[str]:
-    """Config folders of the user's own, for the compositions of the single stages."""
-    return [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath")]
 
 
 if __name__ == "__main__":

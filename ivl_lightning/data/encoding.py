@@ -168,6 +168,12 @@ class RowEncoder:
 
     def _video_layout(self, record: Record, header: VideoHeader, frames: int | None) -> Layout:
         most = self._frame_range(header)[1]
+        if frames is not None and frames > most:
+            raise RowError(
+                "index_stale",
+                f"the video has {header.frames} frames now, and {frames} were planned: it changed after it was "
+                "measured. Delete data.cache_dir to measure again",
+            )
         return fit(partial(self._lay_out_frames, record), most if frames is None else frames, self.settings)
 
     def _lay_out_frames(self, record: Record, frames: int, tokenize: Tokenize = tokenize_row) -> Layout:

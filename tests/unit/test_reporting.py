@@ -194,7 +194,8 @@ def test_duration(seconds: float, text: str) -> None:
 def test_page_shows_run_stages_scores_packing_and_settings(run_dir: Path) -> None:
     (run_dir / "command.txt").write_text("python train.py run_dir='first run'\n")
     text = page(run_dir)
-    for part in ("first_run", "Recipe small, model tiny", "5.25 -&gt; 0.125", "75.0%", "1 min 15 s", "80.0%", "70.0%", "30.0%"):
+    shares = ("75.0%", "80.0%", "70.0%", "30.0%")
+    for part in ("first_run", "Recipe small, model tiny", "5.25 -&gt; 0.125", "1 min 15 s", *shares):
         assert part in text
     assert text.count('class="plot" src="data:image/svg+xml;base64,') == 3
     assert "<td>charts</td><td>2,345</td><td>none</td><td>4.75</td>" in text
