@@ -41,6 +41,14 @@ class PackingStats(Callback):
         """Start the clock."""
         self._since = time.monotonic()
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A new epoch's loader has just been made; that is no part of a step."""
+        self._since = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nor is validation."""
+        self._since = time.monotonic()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:

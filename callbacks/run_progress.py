@@ -44,8 +44,10 @@ class RunProgress(ProgressBar):
         """Open the bar."""
         self._open()
         if self._progress is not None:
-            total = _total_steps(trainer)
-            self._train = self._progress.add_task(self.name, total=total, completed=trainer.global_step, values="")
+            length = datamodule_of(trainer).horizon()
+            total = None if length is None else length.steps
+            name = f"{self.name} (length estimated)" if length is not None and length.estimated else self.name
+            self._train = self._progress.add_task(name, total=total, completed=trainer.global_step, values="")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
@@ -114,12 +116,6 @@ class _RateColumn(TextColumn):
     def render(self, task: Any) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.2f}/s")
-
-
-def _total_steps(trainer: L.Trainer) -> int | None:
-    """Steps of the run, estimated where no earlier pass has counted them; None for a run without an end."""
-    length = datamodule_of(trainer).horizon()
-    return None if length is None else length.steps
 
 
 def _short(key: str, value: float) -> str:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["system", "human", "gpt"]
+RowKey = tuple[str, int, str]
+"""Dataset, offset and digest of a row."""
 
 
 class RowError(ValueError):
@@ -39,12 +41,21 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of an annotation file with its place, so that every error can name it."""
+    """One row of an annotation file with its place, so that every error can name it.
+
+    Attributes:
+        dataset, file, line: for people; all rows of a JSON list may stand on one line.
+        row: as parsed.
+        offset: of its bytes in the file.
+        digest: hash of its bytes, as 16 hexadecimal digits.
+    """
 
     dataset: str
     file: str
     line: int
     row: dict[str, object]
+    offset: int = 0
+    digest: str = ""
 
     @property
     def id(self) -> str | None:
@@ -55,7 +66,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A ledger line: which row was not used, and why. `counted` is false for rows set aside on purpose."""
+    """A ledger line: which row was not used, and why.
+
+    Attributes:
+        dataset, file, line, id, offset, digest: the row; see `Record`.
+        reason, message: see `RowError`.
+        counted: false for rows set aside on purpose.
+        trained: true for rows that broke when training read them, after they were measured.
+    """
 
     dataset: str
     file: str
@@ -64,6 +82,14 @@ class Reject:
     reason: str
     message: str
     counted: bool = True
+    trained: bool = False
+    offset: int = 0
+    digest: str = ""
+
+    @property
+    def row(self) -> RowKey:
+        """What tells the row from others, and from what may stand in its place later."""
+        return self.dataset, self.offset, self.digest
 
 
 @dataclass(frozen=True, slots=True)

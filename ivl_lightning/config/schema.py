@@ -136,7 +136,7 @@ class DataConfig(Strict):
         max_pixels: pictures whose header announces more are refused before they are decoded.
         exif_transpose: turn pictures upright by their EXIF orientation; the original does not.
         gray16: 16-bit gray pictures are clipped at 255 (official) or scaled.
-        retries: further tries to read a medium before its row is given up.
+        retries: further tries to open or fetch a medium before its row is given up; stores are given seconds.
         reject_limit: share of rejected rows above which the run stops.
         index_workers: processes that measure rows; null takes one per core.
         num_workers: loader processes per rank.

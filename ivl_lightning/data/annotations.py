@@ -14,7 +14,8 @@ from ivl_lightning.data.locations import url_scheme
 from ivl_lightning.structures import RowError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from typing import BinaryIO
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
 _OPTIONAL_KEYS = ("max_dynamic_patch", "length")
@@ -220,8 +221,11 @@ class AnnotationFile:
             RowError: `row_lost` if the file ends before them.
         """
         with self.path.open("rb") as file:
-            file.seek(offset)
-            raw = file.read(length)
+            return self._read(file, offset, length)
+
+    def _read(self, file: BinaryIO, offset: int, length: int) -> bytes:
+        file.seek(offset)
+        raw = file.read(length)
         if len(raw) < length:
             raise RowError(
                 "row_lost",
@@ -229,6 +233,16 @@ class AnnotationFile:
                 "was indexed: build the index again",
             )
         return raw
+
+    def read_spans(self, spans: Sequence[RowSpan]) -> Iterator[bytes]:
+        """Bytes of some rows, in one opening of the file.
+
+        Raises:
+            RowError: as `read`.
+        """
+        with self.path.open("rb") as file:
+            for span in spans:
+                yield self._read(file, span.offset, span.length)
 
     @staticmethod
     def parse(raw: bytes) -> dict[str, object]:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ivl_lightning.data.annotations import AnnotationFile, DatasetSpec, read_meta
 from ivl_lightning.data.encoding import EncoderFactory, RowEncoder
-from ivl_lightning.data.exclusion import read_exclusions, without_excluded
+from ivl_lightning.data.exclusion import check_exclusions, read_exclusions, without_excluded
 from ivl_lightning.data.index import DatasetIndex, build_indexes
 from ivl_lightning.data.json_spans import RowSpan
-from ivl_lightning.data.measuring import measure_spans
+from ivl_lightning.data.measuring import digest_text, measure_spans, row_digest
 from ivl_lightning.data.plan import PlanRows
-from ivl_lightning.structures import Record, Reject
+from ivl_lightning.structures import Record, Reject, RowError
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,29 @@ class Corpus:
         """Number of the dataset a row belongs to."""
         return int(np.searchsorted(np.cumsum(self.sizes), row, side="right"))
 
+    def place(self, row: int) -> tuple[int, Record]:
+        """Dataset number of a row, and its record without content."""
+        dataset = self.dataset_of(row)
+        index = self.indexes[dataset]
+        local = row - sum(self.sizes[:dataset])
+        line, offset, digest = (int(index.columns[name][local]) for name in ("line", "offset", "digest"))
+        return dataset, Record(index.name, index.file, line, {}, offset, digest_text(digest))
+
     def locate(self, row: int) -> tuple[int, Record]:
         """Dataset number and record of a row.
 
         Raises:
-            RowError: the annotation file no longer holds that row.
+            RowError: `row_lost` or `index_stale` if the annotation file no longer holds the row that was measured.
         """
-        dataset = self.dataset_of(row)
-        columns = self.indexes[dataset].columns
+        dataset, place = self.place(row)
         local = row - sum(self.sizes[:dataset])
-        spec = self.encoders[dataset].spec
-        file = AnnotationFile(spec.annotation)
-        data = file.read(int(columns["offset"][local]), int(columns["length"][local]))
-        return dataset, Record(spec.name, str(spec.annotation), int(columns["line"][local]), file.parse(data))
+        file = AnnotationFile(place.file)
+        raw = file.read(place.offset, int(self.indexes[dataset].columns["length"][local]))
+        if digest_text(row_digest(raw)) != place.digest:
+            raise RowError(
+                "index_stale", f"{place.file} holds another row at offset {place.offset} than when it was measured"
+            )
+        return dataset, replace(place, row=file.parse(raw))
 
     def split(self, held_back: NDArray[np.bool_]) -> tuple[Corpus, Corpus]:
         """Two corpora: the rows where `held_back` is false, and those where it is true."""
@@ -146,7 +156,10 @@ def read_corpus(
     encoders = tuple(factory(spec) for spec in read_meta(meta))
     excluded = {} if exclude is None else read_exclusions(exclude)
     indexes = build_indexes(encoders, cache_dir=cache_dir, workers=workers, progress=progress, look_again=look_again)
-    return Corpus(encoders, tuple(without_excluded(index, excluded) for index in indexes))
+    indexes = tuple(without_excluded(index, excluded) for index in indexes)
+    if exclude is not None:
+        check_exclusions(excluded, indexes, exclude)
+    return Corpus(encoders, indexes)
 
 
 def hold_back(digests: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
@@ -160,4 +173,7 @@ def hold_back(digests: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
     if count >= len(digests):
         raise ValueError(f"data.val_rows={count} would hold back all {len(digests)} usable rows")
     threshold = np.partition(digests, count - 1)[count - 1]
-    return digests <= threshold
+    held_back = digests <= threshold
+    if held_back.all():
+        raise ValueError(f"data.val_rows={count} would hold back all {len(digests)} usable rows, which are equal")
+    return held_back

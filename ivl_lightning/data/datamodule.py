@@ -25,7 +25,7 @@ from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import get_template
-from ivl_lightning.structures import PackedBatch, PromptBatch
+from ivl_lightning.structures import PackedBatch, PromptBatch, Reject, RowKey
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -45,6 +45,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         downsample_ratio: of the pixel unshuffle.
         cost: the model's work per token, per squared document length, per tile (`models.cost.forward_cost`); packs of
             like cost run side by side.
+        look_again: look again at rows of a cached index whose media could not be read. Not where a run goes on from a
+            checkpoint: its epoch ends with the rows it began with.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         patch_size: int = 14,
         downsample_ratio: float = 0.5,
         cost: Cost = DEFAULT_COST,
+        look_again: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -65,6 +68,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.seed = seed
         self.tile_tokens = tokens_per_tile(config.tile_size, patch_size, downsample_ratio)
         self.cost = cost
+        self.look_again = look_again
         self.reduction = "square"
         self.ledger = Ledger(None)
         self._num_rows = 0
@@ -79,14 +83,25 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Measure once, in one process of a node, so that the others find the index in the cache."""
         if self.config.cache_dir is not None:
-            self.read_corpora(progress=True, look_again=True)
+            self.read_corpora(progress=True, look_again=self.look_again)
 
     def setup(self, stage: str) -> None:
         """Read the index, write the ledger, plan.
 
         Raises:
-            ValueError: a wrong meta file, too many rejects, nothing to train on, or ranks that do not divide a step.
+            ValueError: a wrong meta file, too many rejects, nothing to train on, or ranks that do not divide a step;
+                on all ranks where it is raised on one.
         """
+        problem = None
+        try:
+            self._set_up(stage)
+        except ValueError as error:
+            problem = error
+        self._check_ranks(problem)
+        if problem is not None:
+            raise problem
+
+    def _set_up(self, stage: str) -> None:
         if self.train_corpus is None:
             self._measure()
         if self.trainer is not None:
@@ -99,24 +114,27 @@ class DynamicPackingDataModule(L.LightningDataModule):
                 self.config, seed=self.seed, reduction=self.reduction, cost=self.cost, epochs=self._epochs
             )
             self._stream = TrainingStream(self.train_corpus, self.config, settings)
-            self._check_ranks()
 
-    def _check_ranks(self) -> None:
-        """Every rank makes the plan by itself, so all must see the same rows.
+    def _check_ranks(self, problem: ValueError | None) -> None:
+        """Every rank plans by itself, so all must see the same rows, and all must stop where one has to.
 
         Raises:
-            ValueError: this rank's rows are not those of the first one.
+            ValueError: another rank cannot go on, or sees other rows than the first one.
         """
         if self._world_size == 1:
             return
+        corpora = [corpus for corpus in (self.train_corpus, self.val_corpus) if corpus is not None]
+        rows = [(index.name, len(index), index.fingerprint) for corpus in corpora for index in corpus.indexes]
         seen: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(seen, self.stream.mixture)
-        different = [f"rank {rank}: {shares}" for rank, shares in enumerate(seen) if shares != seen[0]]
-        if different:
-            raise ValueError(
-                f"the ranks see different rows, so their plans would differ: rank 0: {seen[0]}, {different[0]}. "
-                "Give all nodes the same files, and data.cache_dir a folder that all of them share"
-            )
+        torch.distributed.all_gather_object(seen, (None if problem is None else str(problem), rows))
+        for rank, (message, other) in enumerate(seen):
+            if message is not None and problem is None:
+                raise ValueError(f"rank {rank} cannot go on: {message}")
+            if message is None and problem is None and other != seen[0][1]:
+                raise ValueError(
+                    f"the ranks see different rows, so their plans would differ: rank 0: {seen[0][1]}, rank {rank}: "
+                    f"{other}. Give all nodes the same files, and data.cache_dir a folder that all of them share"
+                )
 
     def _measure(self) -> None:
         """Read the rows, list those that cannot be used, hold back those of validation."""
@@ -126,6 +144,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
             validation = held_back.measured_again(self._encoder(training=False))
             self.ledger.add(validation.rejects, write=self._rank == 0)
+            self.ledger.check(self._num_rows, self.config.reject_limit, validation.rejects)
         self.train_corpus, self.val_corpus = train, validation
 
     def read_corpora(self, *, progress: bool, look_again: bool = False) -> tuple[Corpus, Corpus | None]:
@@ -203,7 +222,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
             self.stream.resume(resumed)
         count_in = self._cache_dir if self._rank == 0 else None
         packs = partial(self.stream.packs, self._rank, self._world_size, count_in=count_in)
-        dataset = self._pack_dataset(self.stream.view, augmentation_seed=self.seed, left_out=self.ledger.rows())
+        self.ledger.read_others()
+        dataset = self._pack_dataset(self.stream.view, augmentation_seed=self.seed, left_out=self.ledger.left_out)
         self._loader_in_use = self._loader(dataset, StreamSampler(packs))
         return self._loader_in_use
 
@@ -226,12 +246,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
         rows = generation_rows(corpus, config.generation_rows)
         if rows:
             groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
-            prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size, retries=config.retries)
+            prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size)
             loaders.append(self._loader(prompts, FixedSampler(groups)))
         return loaders
 
     def _pack_dataset(
-        self, corpus: Corpus, *, augmentation_seed: int | None, left_out: frozenset[tuple[str, int]] = frozenset()
+        self, corpus: Corpus, *, augmentation_seed: int | None, left_out: frozenset[RowKey] = frozenset()
     ) -> PackDataset:
         return PackDataset(
             corpus,
@@ -239,7 +259,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
             tile_size=self.config.tile_size,
             filler_id=self.filler_id,
             augmentation_seed=augmentation_seed,
-            retries=self.config.retries,
             left_out=left_out,
         )
 
@@ -256,9 +275,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
     # -- batches, position ----------------------------------------------------------------------------------------
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; note what was consumed and what was rejected."""
-        if isinstance(batch, PackedBatch) and self.trainer is not None and self.trainer.training:
-            self.note_trained(batch)
+        """Move a batch."""
         if not isinstance(batch, (PackedBatch, PromptBatch)):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         moved = {
@@ -270,39 +287,51 @@ class DynamicPackingDataModule(L.LightningDataModule):
         changes: dict[str, Any] = moved
         return dataclasses.replace(batch, **changes)
 
-    def note_trained(self, batch: PackedBatch) -> None:
-        """Move the position and list what the batch has lost.
+    def note_rejects(self, rejects: Sequence[Reject]) -> int:
+        """List rows that broke when a batch was made; returns how many were not known before."""
+        return self.ledger.add(rejects)
+
+    def note_rejects_elsewhere(self, counted: int) -> None:
+        """Count what other ranks have lost in the step, and stop on all ranks where it is too much.
 
         Raises:
             TooManyRejectsError: more rows are lost than `data.reject_limit` allows.
         """
+        self.ledger.count_elsewhere(counted)
+        self.ledger.check(self._num_rows, self.config.reject_limit, self.ledger.known)
+
+    def note_trained(self, batch: PackedBatch) -> None:
+        """Move the position behind a batch whose gradients are in the weights, or in the step that is being added up.
+
+        Stages call it right behind the optimizer, so that position and weights move together.
+        """
         self.stream.position.consume(batch.planned)
-        if batch.rejects:
-            self.ledger.add(batch.rejects)
-            self.ledger.leave_out((line.dataset, line.line) for line in batch.rejects)
-            self.ledger.check(self._num_rows, self.config.reject_limit, batch.rejects)
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the plan, what the rest of the epoch depends on, and rows that broke: a few kB."""
-        return {**self.stream.state_dict(), "left_out": sorted(map(list, self._rows_of_all_ranks()))}
+        if self._stream is None:
+            return {}
+        return {**self.stream.state_dict(), "left_out": sorted(map(list, self._left_out_anywhere()))}
 
-    def _rows_of_all_ranks(self) -> set[tuple[str, int]]:
-        own = self.ledger.broken_rows
+    def _left_out_anywhere(self) -> set[RowKey]:
+        own = self.ledger.left_out
         if self._world_size == 1:
-            return own
+            return set(own)
         gathered: list[Any] = [None] * self._world_size
         torch.distributed.all_gather_object(gathered, own)
         return set().union(*gathered)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a position.
+        """Continue from a position. Without a plan, as in validation, there is nothing to continue.
 
         Raises:
             ValueError: the checkpoint is of mid-epoch and was made with another packs_per_step, seed or caps, which
                 is another plan.
         """
+        if self._stream is None or not state_dict:
+            return
         self.stream.check(state_dict)
-        self.ledger.leave_out((name, line) for name, line in state_dict["left_out"])
+        self.ledger.leave_out((name, offset, digest) for name, offset, digest in state_dict["left_out"])
         self._resume_from = state_dict
 
     # -- derived --------------------------------------------------------------------------------------------------

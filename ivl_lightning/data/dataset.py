@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ivl_lightning.constants import IGNORE_INDEX
 from ivl_lightning.data.augmentation import sample_rng
 from ivl_lightning.data.collate import pack_samples, pad_prompts
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import reject
-from ivl_lightning.data.media import MediaError
 from ivl_lightning.data.turns import split_last_answer
-from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject, RowError
-
-Result = TypeVar("Result")
+from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject, RowError, RowKey
 
 
 class PackDataset(Dataset[PackedBatch]):
@@ -30,9 +26,8 @@ class PackDataset(Dataset[PackedBatch]):
         tile_size: side of a tile.
         filler_id: token of an empty micro-batch.
         augmentation_seed: seed of JPEG degradation; None never degrades (validation).
-        retries: further tries to read a medium.
-        left_out: dataset and line of rows that broke before; they are not tried again, so that a resumed run trains
-            on what the run it continues would have.
+        left_out: rows that broke before; they are not tried again, so that a resumed run trains on what the run it
+            continues would have.
     """
 
     def __init__(
@@ -43,15 +38,13 @@ class PackDataset(Dataset[PackedBatch]):
         tile_size: int,
         filler_id: int,
         augmentation_seed: int | None,
-        retries: int,
-        left_out: frozenset[tuple[str, int]] = frozenset(),
+        left_out: frozenset[RowKey] = frozenset(),
     ) -> None:
         self.corpus = corpus
         self.reduction = reduction
         self.tile_size = tile_size
         self.filler_id = filler_id
         self.augmentation_seed = augmentation_seed
-        self.retries = retries
         self.left_out = left_out
         self._rows = corpus.plan_rows
 
@@ -63,13 +56,15 @@ class PackDataset(Dataset[PackedBatch]):
         rejects: list[Reject] = []
         frames = planned.pack.frames or (0,) * len(planned.pack.samples)
         for sample, count in zip(planned.pack.samples, frames, strict=True):
-            dataset, record = self.corpus.locate(sample % len(self.corpus))
-            if (record.dataset, record.line) in self.left_out:
+            row = sample % len(self.corpus)
+            dataset, record = self.corpus.place(row)
+            if (record.dataset, record.offset, record.digest) in self.left_out:
                 continue
             try:
+                record = self.corpus.locate(row)[1]
                 samples.append(self._encode(dataset, record, planned.epoch, sample, count))
             except RowError as error:
-                rejects.append(reject(record, error))
+                rejects.append(reject(record, error, trained=True))
                 continue
             datasets.append(dataset)
             names.append(f"{record.dataset} {record.file}:{record.line}")
@@ -88,13 +83,15 @@ class PackDataset(Dataset[PackedBatch]):
         seed = self.augmentation_seed
         rng = None if seed is None else sample_rng(seed, epoch, sample)
         encoder = self.corpus.encoders[dataset]
-        encoded = _with_retries(partial(encoder.encode, record, rng, frames=frames or None), self.retries)
-        planned = self._rows.planned_tokens(sample % len(self.corpus), frames)
-        if len(encoded.input_ids) != planned:
+        encoded = encoder.encode(record, rng, frames=frames or None)
+        row = sample % len(self.corpus)
+        planned = self._rows.planned_tokens(row, frames), int(self._rows.labels[row])
+        found = len(encoded.input_ids), sum(label != IGNORE_INDEX for label in encoded.labels[1:])
+        if found != planned:
             raise RowError(
                 "index_stale",
-                f"{len(encoded.input_ids)} tokens now, {planned} when it was measured: the row or its picture "
-                "changed. Delete data.cache_dir to measure again",
+                f"{found[0]} tokens and {found[1]} labels now, {planned[0]} and {planned[1]} when it was measured: "
+                "its picture or video changed. Delete data.cache_dir to measure again",
             )
         return encoded
 
@@ -114,22 +111,17 @@ class PromptDataset(Dataset[PromptBatch]):
         corpus: the rows.
         pad_id: token on the left of shorter prompts.
         tile_size: side of a tile.
-        retries: further tries to read a medium.
     """
 
-    def __init__(self, corpus: Corpus, *, pad_id: int, tile_size: int, retries: int) -> None:
+    def __init__(self, corpus: Corpus, *, pad_id: int, tile_size: int) -> None:
         self.corpus = corpus
         self.pad_id = pad_id
         self.tile_size = tile_size
-        self.retries = retries
 
     def __getitem__(self, group: PromptGroup) -> PromptBatch:
         """Raises RowError where a picture that was measured cannot be decoded: a score must not change unseen."""
         located = [self.corpus.locate(row) for row in group.rows]
-        prompts = [
-            _with_retries(partial(self.corpus.encoders[dataset].encode_prompt, record), self.retries)
-            for dataset, record in located
-        ]
+        prompts = [self.corpus.encoders[dataset].encode_prompt(record) for dataset, record in located]
         return pad_prompts(
             prompts,
             expected=[split_last_answer(record.row)[1] for _, record in located],
@@ -165,13 +157,3 @@ def generation_rows(corpus: Corpus, limit: int | None) -> list[int]:
     longest = max(corpus.sizes)
     turns = [rows[turn] for turn in range(longest) for rows in by_dataset if turn < len(rows)]
     return turns if limit is None else turns[:limit]
-
-
-def _with_retries(read: Callable[[], Result], retries: int) -> Result:
-    """A medium on a network may fail once; what fails every time is the row's fault."""
-    for _ in range(retries):
-        try:
-            return read()
-        except MediaError:
-            continue
-    return read()

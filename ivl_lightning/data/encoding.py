@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +22,18 @@ from ivl_lightning.data.annotations import DatasetSpec, RowMedia, media_of
 from ivl_lightning.data.augmentation import degrade_jpeg
 from ivl_lightning.data.conversation import TokenizedRow, tokenize_prompt, tokenize_row
 from ivl_lightning.data.layout import EncodingSettings, Layout, fit
+from ivl_lightning.data.locations import url_scheme
 from ivl_lightning.data.media import MediaReader
+from ivl_lightning.data.retries import with_retries
 from ivl_lightning.data.tiling import count_tiles, cut_tiles, tile_budget
 from ivl_lightning.data.video import VideoHeader, frame_indices, frame_range, parse_sampling
 from ivl_lightning.structures import Encoded, Record, RowError, SampleCost, VideoCost
 
 Tokenize = Callable[..., TokenizedRow]
+Result = TypeVar("Result")
+
+_STORE_PAUSE = 1.0
+"""Seconds before an object store is asked again."""
 
 
 class RowEncoder:
@@ -37,6 +44,7 @@ class RowEncoder:
         reader: opens its media.
         tokenizer: with the nine special tokens.
         settings: caps, tiling, frames, template.
+        retries: further tries to read a row's media.
     """
 
     def __init__(
@@ -45,11 +53,13 @@ class RowEncoder:
         reader: MediaReader,
         tokenizer: PreTrainedTokenizerBase,
         settings: EncodingSettings,
+        retries: int = 0,
     ) -> None:
         self.spec = spec
         self.reader = reader
         self.tokenizer = tokenizer
         self.settings = settings
+        self.retries = retries
 
     def measure(self, record: Record) -> SampleCost:
         """Tokens, label tokens and tiles from the text and the headers of images and videos.
@@ -57,11 +67,14 @@ class RowEncoder:
         Raises:
             RowError: the record cannot be used; the reason says why. `no_label` where nothing would be trained.
         """
+        return self._retried(partial(self._measure, record))
+
+    def _measure(self, record: Record) -> SampleCost:
         media = media_of(record.row)
         if media.kind == "video":
             header = self._video_header(media)
             layout = self._video_layout(record, header, None)
-            video = self._video_cost(header, len(layout.tiles))
+            video = self._video_cost(header, layout)
         else:
             layout = self._image_layout(record, [self.reader.image_size(path) for path in media.images])
             video = None
@@ -82,6 +95,12 @@ class RowEncoder:
         Raises:
             RowError: the record cannot be used, a picture that breaks only when decoded included.
         """
+        # Drawn once, so that another try takes the same frames and qualities.
+        seed = None if rng is None else int(rng.integers(2**63))
+        return self._retried(partial(self._encode, record, seed, frames))
+
+    def _encode(self, record: Record, seed: int | None, frames: int | None) -> Encoded:
+        rng = None if seed is None else np.random.default_rng(seed)
         media = media_of(record.row)
         tiles: Tensor | None
         if media.kind == "video":
@@ -104,6 +123,9 @@ class RowEncoder:
         Raises:
             RowError: as `encode`.
         """
+        return self._retried(partial(self._encode_prompt, record))
+
+    def _encode_prompt(self, record: Record) -> tuple[list[int], Tensor | None]:
         media = media_of(record.row)
         if media.kind == "video":
             header = self._video_header(media)
@@ -113,6 +135,11 @@ class RowEncoder:
         row = self._tokenize(record, len(images), tokenize_prompt)
         layout = self._lay_out_images(row, [image.size for image in images], self._max_tiles(len(images)))
         return layout.ids_and_labels()[0], self._image_tiles(images, layout.limit)
+
+    def _retried(self, read: Callable[[], Result]) -> Result:
+        # A store may be away for seconds; a local disk answers at once, and thousands of bad files must not wait.
+        pause = 0.0 if url_scheme(self.reader.root) is None else _STORE_PAUSE
+        return with_retries(read, self.retries, pause=pause)
 
     @cached_property
     def frame_tokens(self) -> NDArray[np.int64]:
@@ -180,8 +207,10 @@ class RowEncoder:
         row = self._tokenize(record, frames, tokenize)
         return Layout(row, (1,) * frames, frames, self.settings.tokens_per_tile)
 
-    def _video_cost(self, header: VideoHeader, most: int) -> VideoCost:
-        fewest = min(self._frame_range(header)[0], most)
+    def _video_cost(self, header: VideoHeader, layout: Layout) -> VideoCost:
+        most = len(layout.tiles)
+        # With other frames a row that is cut would be cut elsewhere: its number of frames stays.
+        fewest = most if layout.cut_at is not None else min(self._frame_range(header)[0], most)
         return VideoCost(most, fewest, header.frames, header.rate, header.duration)
 
     def _frame_tiles(self, media: RowMedia, header: VideoHeader, count: int, rng: np.random.Generator | None) -> Tensor:
@@ -251,6 +280,6 @@ def encoder_factory(
             exif_transpose=config.exif_transpose,
             gray16=config.gray16,
         )
-        return RowEncoder(spec, reader, tokenizer, settings)
+        return RowEncoder(spec, reader, tokenizer, settings, config.retries)
 
     return factory

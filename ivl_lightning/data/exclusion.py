@@ -9,16 +9,20 @@ duplicates keeps the first.
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ivl_lightning.data.index import DatasetIndex
-from ivl_lightning.data.measuring import digest_number
+from ivl_lightning.data.measuring import digest_number, digest_text
 from ivl_lightning.structures import Reject
 
 EXCLUDED = "excluded"
+
+_log = logging.getLogger(__name__)
 
 Exclusions = dict[str, dict[int, list[dict[str, object]]]]
 """Dataset -> digest -> lines of the list."""
@@ -31,11 +35,13 @@ def read_exclusions(path: str) -> Exclusions:
         ValueError: the file cannot be read, or a line lacks `dataset` or `digest`; names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"data.exclude={path} cannot be read ({error.strerror}): write it with ivl-audit") from error
     exclusions: Exclusions = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             digest = digest_number(entry["digest"])
@@ -46,6 +52,26 @@ def read_exclusions(path: str) -> Exclusions:
                 '"dataset" and "digest"; write the list with ivl-audit drop=FILE'
             ) from error
     return exclusions
+
+
+def check_exclusions(exclusions: Exclusions, indexes: Sequence[DatasetIndex], path: str) -> None:
+    """Say which lines of a list do nothing.
+
+    Raises:
+        ValueError: the list names a dataset that is not there.
+    """
+    names = {index.name for index in indexes}
+    if unknown := sorted(set(exclusions) - names):
+        raise ValueError(
+            f"data.exclude={path} names the datasets {unknown}, but meta.json has {sorted(names)}: "
+            "rename them in the list, or write it anew with ivl-audit"
+        )
+    wanted = sum(len(entries) for listed in exclusions.values() for entries in listed.values())
+    found = sum(line.reason == EXCLUDED for index in indexes for line in index.rejects)
+    if found < wanted:
+        _log.warning(
+            "%d of %d lines of %s match no row: the rows were changed or are gone", wanted - found, wanted, path
+        )
 
 
 def without_excluded(index: DatasetIndex, exclusions: Exclusions) -> DatasetIndex:
@@ -63,15 +89,21 @@ def without_excluded(index: DatasetIndex, exclusions: Exclusions) -> DatasetInde
         excluded.update(zip(rows[-len(entries) :], entries, strict=True))
     kept = np.ones(len(index), dtype=bool)
     kept[list(excluded)] = False
-    lines = index.columns["line"]
-    rejects = tuple(
-        _reject(index, int(lines[row]), entry) for row, entry in sorted(excluded.items(), key=lambda item: item[0])
-    )
+    rejects = tuple(_reject(index, row, excluded[row]) for row in sorted(excluded))
     return replace(index.select(kept), rejects=(*index.rejects, *rejects))
 
 
-def _reject(index: DatasetIndex, line: int, entry: dict[str, object]) -> Reject:
+def _reject(index: DatasetIndex, row: int, entry: dict[str, object]) -> Reject:
     known = entry.get("id")
-    message = f"on the exclusion list by rule {entry.get('rule')}: {entry.get('message')}"
-    name = None if known is None else str(known)
-    return Reject(index.name, index.file, line, name, EXCLUDED, message, counted=False)
+    line, offset, digest = (int(index.columns[name][row]) for name in ("line", "offset", "digest"))
+    return Reject(
+        index.name,
+        index.file,
+        line,
+        None if known is None else str(known),
+        EXCLUDED,
+        f"on the exclusion list by rule {entry.get('rule')}: {entry.get('message')}",
+        counted=False,
+        offset=offset,
+        digest=digest_text(digest),
+    )

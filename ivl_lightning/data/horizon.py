@@ -31,6 +31,8 @@ class Horizon:
 def horizon(plan: TrainingPlan, *, max_steps: int | None, epochs: int | None, cache_dir: Path | None) -> Horizon | None:
     """`max_steps`; else the step count of an earlier pass; else the lower bound over the usual fill.
 
+    Where both steps and epochs end a run, the earlier end counts.
+
     Args:
         plan: of the run.
         max_steps: of the trainer; None or -1 for none.
@@ -40,10 +42,14 @@ def horizon(plan: TrainingPlan, *, max_steps: int | None, epochs: int | None, ca
     Returns:
         None for a run without an end.
     """
-    if max_steps is not None and max_steps >= 0:
-        return Horizon(max_steps, estimated=False)
+    limit = None if max_steps is None or max_steps < 0 else max_steps
     if epochs is None:
-        return None
+        return None if limit is None else Horizon(limit, estimated=False)
+    whole = _epochs_long(plan, epochs, cache_dir)
+    return Horizon(limit, estimated=False) if limit is not None and limit <= whole.steps else whole
+
+
+def _epochs_long(plan: TrainingPlan, epochs: int, cache_dir: Path | None) -> Horizon:
     counted = None if cache_dir is None else read_steps(plan, cache_dir)
     if counted is not None:
         return Horizon(counted * epochs, estimated=False)

@@ -25,17 +25,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ivl_lightning.data.annotations import AnnotationFile
 from ivl_lightning.data.encoding import RowEncoder
 from ivl_lightning.data.index_file import BrokenIndexError, IndexParts, IndexWriteError, read_index, write_index
-from ivl_lightning.data.measuring import Measured, concatenate, measure_rows, measure_spans
+from ivl_lightning.data.measuring import Measured, concatenate, measure_rows
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
 from ivl_lightning.structures import Reject
 
-_VERSION = 2
+_VERSION = 3
 _PART_ROWS = 32_768
 _PART_SECONDS = 20.0
 """A part is written after so many rows or seconds: what a kill can cost."""
+
+_SAY_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class DatasetIndex:
     def fingerprint(self) -> str:
         """Hash of the rows' content and cost; equal fingerprints mean equal plans."""
         digest = hashlib.blake2b(digest_size=8)
-        for name in ("digest", "tokens", "labels", "tiles", "min_frames"):
-            digest.update(np.ascontiguousarray(self.columns[name]).view(np.uint8))
+        for name in ("digest", "tokens", "labels", "tiles", "frames", "min_frames"):
+            digest.update(np.ascontiguousarray(self.columns[name]).data)
         return digest.hexdigest()
 
 
@@ -101,8 +102,9 @@ def build_indexes(
         if path is None or not path.is_file()
     ]
     # In a log file a bar would leave nothing but blank lines.
-    with _progress_bar(disable=not (progress and missing and sys.stderr.isatty())) as bar:
-        measuring = _Measuring(bar, total=sum(missing), workers=workers, look_again=look_again)
+    bar = _progress_bar(disable=not (progress and missing and sys.stderr.isatty()))
+    with bar:
+        measuring = _Measuring(bar, total=sum(missing), workers=workers, look_again=look_again, say=progress)
         return tuple(_index(encoder, path, measuring) for encoder, path in zip(encoders, paths, strict=True))
 
 
@@ -124,30 +126,36 @@ def _cached(encoder: RowEncoder, path: Path, measuring: _Measuring) -> Measured:
         return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IndexWriteError(f"data.cache_dir={path.parent} cannot be made: {error}") from error
-    # The lock is the operating system's: it ends with the process that holds it.
-    with FileLock(f"{path}.lock"):
+        # The lock is the operating system's: it ends with the process that holds it.
+        lock = FileLock(f"{path}.lock").acquire()
+    except (OSError, NotImplementedError) as error:
+        if found is not None:
+            _log.warning("%s cannot be locked (%s), so its rejects are not looked at again", path, error)
+            return found
+        raise IndexWriteError(
+            f"data.cache_dir={path.parent} cannot be used: {error}. Give a folder that can be written to"
+        ) from error
+    with lock:
         found = _read_if_whole(path)
-        return measuring.resumed(encoder, path) if found is None else _looked_again(encoder, path, found)
+        return measuring.resumed(encoder, path) if found is None else _looked_again(encoder, path, found, measuring)
 
 
 def _media_rejects(measured: Measured) -> set[int]:
-    """Lines of rows that were rejected for a file that may be another today."""
-    return {line.line for line in measured.rejects if line.reason.startswith(("file_", "image_", "video_", "exif_"))}
+    """Offsets of rows that were rejected for a file that may be another today."""
+    kinds = ("file_", "image_", "video_", "exif_")
+    return {line.offset for line in measured.rejects if line.reason.startswith(kinds)}
 
 
-def _looked_again(encoder: RowEncoder, path: Path, found: Measured) -> Measured:
-    lines = _media_rejects(found)
-    spans = [span for span in AnnotationFile(encoder.spec.annotation).iter_lines() if span.line in lines]
-    again = measure_spans(encoder, spans)
-    other = tuple(line for line in found.rejects if line.line not in lines)
+def _looked_again(encoder: RowEncoder, path: Path, found: Measured, measuring: _Measuring) -> Measured:
+    offsets = _media_rejects(found)
+    again = concatenate(list(measure_rows(encoder, only=offsets, workers=measuring.workers)))
+    other = tuple(line for line in found.rejects if line.offset not in offsets)
     if set(again.rejects) | set(other) == set(found.rejects):
         return found
     both = concatenate([replace(found, rejects=other), again])
-    order = np.argsort(both.columns["line"], kind="stable")
+    order = np.argsort(both.columns["offset"], kind="stable")
     columns = {name: values[order] for name, values in both.columns.items()}
-    mended = Measured(columns, tuple(sorted(both.rejects, key=lambda line: line.line)), found.end)
+    mended = Measured(columns, tuple(sorted(both.rejects, key=lambda line: line.offset)), found.end)
     write_index(path, mended)
     return mended
 
@@ -166,8 +174,10 @@ def _read_if_whole(path: Path) -> Measured | None:
 class _Measuring:
     """Measures datasets one after the other under one progress bar."""
 
-    def __init__(self, bar: Progress, *, total: int, workers: int | None, look_again: bool) -> None:
+    def __init__(self, bar: Progress, *, total: int, workers: int | None, look_again: bool, say: bool) -> None:
         self.bar = bar
+        self.say = say and bar.disable
+        self._said = self._since = time.monotonic()
         self.workers = workers
         self.look_again = look_again
         self.task = bar.add_task("measuring", total=total, rows=0, start=not bar.disable)
@@ -199,7 +209,17 @@ class _Measuring:
     def _advance(self, stretch: Measured) -> Measured:
         rows = self.bar.tasks[self.task].fields["rows"] + stretch.num_rows
         self.bar.update(self.task, completed=self._base + stretch.end, rows=rows)
+        if self.say and time.monotonic() - self._said > _SAY_SECONDS:
+            self._say(rows)
         return stretch
+
+    def _say(self, rows: int) -> None:
+        """A line for log files, where there is no bar."""
+        self._said = time.monotonic()
+        task, seconds = self.bar.tasks[self.task], self._said - self._since
+        left = seconds * (task.total or 0) / max(task.completed, 1) - seconds
+        rate = f"{rows:,} rows, {rows / seconds:,.0f} rows/s, {left / 60:,.0f} min left"
+        print(f"{task.description}: {rate}", file=sys.stderr, flush=True)
 
 
 class _RowRate(ProgressColumn):
@@ -224,13 +244,14 @@ def _key(encoder: RowEncoder) -> str:
     settings = asdict(encoder.settings)
     # How pixels are made changes no count.
     del settings["resize"]
+    reader = {name: value for name, value in asdict(encoder.reader).items() if name != "gray16"}
     parts = {
         "version": _VERSION,
         # Rejects name their file, so the same content elsewhere is another index.
         "file": str(encoder.spec.annotation),
         "annotation": _content_hash(encoder.spec.annotation),
         "max_dynamic_patch": encoder.spec.max_dynamic_patch,
-        "reader": asdict(encoder.reader),
+        "reader": reader,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "settings": settings,
     }

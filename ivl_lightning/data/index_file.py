@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +14,9 @@ import pyarrow.parquet as pq
 
 from ivl_lightning.data.measuring import COLUMNS, Measured, concatenate
 from ivl_lightning.structures import Reject
+
+_TYPES = {"str": pa.string(), "str | None": pa.string(), "int": pa.int64(), "bool": pa.bool_()}
+_REJECTS = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Reject)])
 
 
 class BrokenIndexError(Exception):
@@ -33,24 +35,31 @@ def read_index(path: Path) -> Measured:
     """
     try:
         table = pq.read_table(path, memory_map=True)
-        metadata = table.schema.metadata or {}
-        notes = json.loads(metadata[b"ivl_lightning"])
+        end = int((table.schema.metadata or {})[b"ivl_lightning_end"])
         columns = {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in COLUMNS.items()}
-        return Measured(columns, tuple(Reject(**line) for line in notes["rejects"]), notes["end"])
+        rejects = pq.read_table(_rejects_path(path)).to_pylist()
+        return Measured(columns, tuple(Reject(**line) for line in rejects), end)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise BrokenIndexError(f"{path} is not a whole index ({type(error).__name__}: {error})") from error
 
 
 def write_index(path: Path, measured: Measured) -> None:
-    """Write an index, or a part of one; other processes see the whole file or none.
+    """Write an index, or a part of one; other processes see the whole or nothing.
 
     Raises:
         IndexWriteError: the folder does not take it.
     """
-    notes = {"rejects": [asdict(line) for line in measured.rejects], "end": measured.end}
-    table = pa.table(measured.columns).replace_schema_metadata({"ivl_lightning": json.dumps(notes, ensure_ascii=False)})
+    columns = {field.name: [getattr(line, field.name) for line in measured.rejects] for field in fields(Reject)}
+    # The rejects first: an index that is there has its rejects.
+    with writing(_rejects_path(path)) as aside:
+        pq.write_table(pa.table(columns, schema=_REJECTS), aside)
+    table = pa.table(measured.columns).replace_schema_metadata({"ivl_lightning_end": str(measured.end)})
     with writing(path) as aside:
         pq.write_table(table, aside)
+
+
+def _rejects_path(path: Path) -> Path:
+    return path.with_suffix(".rejects")
 
 
 @contextmanager
@@ -71,7 +80,9 @@ def writing(path: Path) -> Iterator[Path]:
             "what was measured until now is kept and will not be measured again"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        # Where the folder itself is the trouble there is nothing to remove either.
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 class IndexParts:

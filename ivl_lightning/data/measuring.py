@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,14 +21,14 @@ from ivl_lightning.structures import Record, Reject, RowError, SampleCost
 
 COLUMNS: dict[str, type[np.generic]] = {
     "offset": np.int64,
-    "length": np.int32,
+    "length": np.int64,
     "line": np.int32,
     "tokens": np.int32,
     "labels": np.int32,
     "tiles": np.int32,
     "frames": np.int16,
     "min_frames": np.int16,
-    "video_frames": np.int32,
+    "video_frames": np.int64,
     "video_rate": np.float32,
     "video_seconds": np.float32,
     "digest": np.uint64,
@@ -61,12 +61,15 @@ class Measured:
         return len(self.columns["offset"]) + len(self.rejects)
 
 
-def measure_rows(encoder: RowEncoder, *, start: int = 0, workers: int | None = None) -> Iterator[Measured]:
+def measure_rows(
+    encoder: RowEncoder, *, start: int = 0, only: Set[int] | None = None, workers: int | None = None
+) -> Iterator[Measured]:
     """Measure the rows of the encoder's dataset, in file order.
 
     Args:
         encoder: measures a row.
         start: offset from which rows are measured; those before were measured earlier.
+        only: offsets of the rows that are measured; None measures all.
         workers: processes; None takes one for each core. A small file is measured in this process.
     """
     file = AnnotationFile(encoder.spec.annotation)
@@ -75,15 +78,16 @@ def measure_rows(encoder: RowEncoder, *, start: int = 0, workers: int | None = N
     if workers == 1 or file.path.stat().st_size - start <= _SMALL_FILE:
         workers = 0
     # The library's loader keeps the order, ends when this process is killed and reports a worker that dies.
+    chunks = _Chunks(file, start, only)
     yield from DataLoader(
-        _Stretches(encoder, file), sampler=_Chunks(file, start), batch_size=None, num_workers=workers, collate_fn=_same
+        _Stretches(encoder, file), sampler=chunks, batch_size=None, num_workers=workers, collate_fn=_same
     )
 
 
 def measure_spans(encoder: RowEncoder, spans: Sequence[RowSpan]) -> Measured:
     """Measure some rows of a file, in this process."""
     stretches = _Stretches(encoder, AnnotationFile(encoder.spec.annotation))
-    return concatenate([stretches[[span]] for span in spans])
+    return stretches[spans] if spans else concatenate([])
 
 
 def concatenate(stretches: Sequence[Measured]) -> Measured:
@@ -99,12 +103,16 @@ def concatenate(stretches: Sequence[Measured]) -> Measured:
 class _Chunks:
     """Row spans, a chunk at a time, found while the file is scanned."""
 
-    def __init__(self, file: AnnotationFile, start: int) -> None:
+    def __init__(self, file: AnnotationFile, start: int, only: Set[int] | None) -> None:
         self.file = file
         self.start = start
+        self.only = only
 
     def __iter__(self) -> Iterator[tuple[RowSpan, ...]]:
         spans = (span for span in self.file.iter_lines() if span.offset >= self.start)
+        if self.only is not None:
+            chosen = self.only
+            spans = (span for span in spans if span.offset in chosen)
         while chunk := tuple(islice(spans, _CHUNK_ROWS)):
             yield chunk
 
@@ -115,26 +123,25 @@ class _Stretches(Dataset[Measured]):
         self.file = file
 
     def __getitem__(self, spans: Sequence[RowSpan]) -> Measured:
-        first, end = spans[0].offset, spans[-1].offset + spans[-1].length
-        raw = self.file.read(first, end - first)
+        end = spans[-1].offset + spans[-1].length
         values: list[tuple[float, ...]] = []
         rejects: list[Reject] = []
-        for span in spans:
-            row = raw[span.offset - first : span.offset - first + span.length]
-            cost = self._measure(row, span.line)
+        for span, row in zip(spans, self.file.read_spans(spans), strict=True):
+            digest = row_digest(row)
+            cost = self._measure(row, span, digest)
             if isinstance(cost, Reject):
                 rejects.append(cost)
             else:
-                values.append((span.offset, span.length, span.line, *_numbers(cost), row_digest(row)))
+                values.append((span.offset, span.length, span.line, *_numbers(cost), digest))
         columns = zip(*values, strict=True) if values else [()] * len(COLUMNS)
         arrays = {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), columns, strict=True)}
         return Measured(arrays, tuple(rejects), end)
 
-    def _measure(self, raw: bytes, line: int) -> SampleCost | Reject:
+    def _measure(self, raw: bytes, span: RowSpan, digest: int) -> SampleCost | Reject:
         spec = self.encoder.spec
-        record = Record(spec.name, spec.annotation, line, {})
+        record = Record(spec.name, spec.annotation, span.line, {}, span.offset, digest_text(digest))
         try:
-            record = Record(spec.name, spec.annotation, line, AnnotationFile.parse(raw))
+            record = replace(record, row=AnnotationFile.parse(raw))
             return self.encoder.measure(record)
         except RowError as error:
             return reject(record, error)

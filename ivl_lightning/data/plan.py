@@ -22,6 +22,7 @@ from ivl_lightning.reweighting import sample_weight
 from ivl_lightning.structures import Pack, PlannedPack
 
 EMPTY_PACK = Pack((), 0, 0)
+NO_ROW = "there is no row to train on: every row was rejected, or every repeat_time is too small"
 Cost = tuple[float, float, float]
 """Modeled work per token, per squared document length, per tile."""
 DEFAULT_COST: Cost = (1.0e9, 4.3e4, 0.73e12)
@@ -88,6 +89,7 @@ class PlanSettings:
         reduction: reweighting rule, which decides the normaliser.
         repeat_rule: see `epoch_order`.
         cost: modeled work, by which packs are grouped.
+        max_frames: most frames a video may be given; what is drawn.
         epochs: passes over the data in the run; None where only steps count.
     """
 
@@ -99,6 +101,7 @@ class PlanSettings:
     reduction: str
     repeat_rule: RepeatRule = "random"
     cost: Cost = DEFAULT_COST
+    max_frames: int = 32
     epochs: int | None = None
 
 
@@ -119,7 +122,7 @@ class TrainingPlan:
             raise ValueError(f"data.packs_per_step={settings.packs_per_step} must be at least 1")
         self.samples_per_epoch = epoch_size(mixture)
         if self.samples_per_epoch == 0:
-            raise ValueError("there is no row to train on: every row was rejected, or every repeat_time is too small")
+            raise ValueError(NO_ROW)
         self.rows, self.mixture, self.settings = rows, tuple(mixture), settings
 
     def epoch(self, epoch: int, state: dict[str, Any] | None = None) -> Iterator[PlannedStep]:
@@ -173,9 +176,9 @@ class TrainingPlan:
         most = self.rows.most_frames[rows]
         if not most.any():
             return None, tokens, tiles
-        highest = len(self.rows.frame_tokens) - 1
         fewest = self.rows.fewest_frames[rows]
-        frames = draw_frames(order, fewest, most, highest, seed=self.settings.seed, epoch=epoch)
+        settings = self.settings
+        frames = draw_frames(order, fewest, most, settings.max_frames, seed=settings.seed, epoch=epoch)
         tokens -= (self.rows.frame_tokens[most] - self.rows.frame_tokens[frames]).astype(tokens.dtype)
         tiles -= most - frames
         return frames, tokens, tiles
@@ -236,7 +239,7 @@ class TrainingPlan:
     def _spare_frames(self, rows: slice) -> NDArray[np.float64]:
         """Frames that a draw leaves out on average, of each row: the mean of max(0, most - drawn)."""
         most, fewest = self.rows.most_frames[rows].astype(float), self.rows.fewest_frames[rows].astype(float)
-        choices = np.maximum(len(self.rows.frame_tokens) - fewest, 1)
+        choices = np.maximum(self.settings.max_frames + 1 - fewest, 1)
         return (most - fewest) * (most - fewest + 1) / 2 / choices
 
     @property

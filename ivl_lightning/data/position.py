@@ -12,8 +12,8 @@ from ivl_lightning.data.mixture import Share, epoch_size
 from ivl_lightning.data.plan import PlannedStep, PlanSettings
 from ivl_lightning.structures import PlannedPack
 
-# Neither decides what is in an epoch's steps.
-_FREE_SETTINGS = ("epochs",)
+# `epochs` does not decide what is in an epoch's steps; the cost is taken over with the rest of an epoch.
+_FREE_SETTINGS = ("epochs", "cost")
 
 
 class Position:
@@ -28,6 +28,11 @@ class Position:
         self.epoch = 0
         self.state: dict[str, Any] | None = None
         self._ahead: deque[PlannedStep] = deque()
+
+    @property
+    def steps(self) -> int:
+        """Finished steps of the epoch."""
+        return 0 if self.state is None else int(self.state["step"])
 
     def follow(self, steps: Iterable[PlannedStep]) -> Iterator[PlannedStep]:
         """The same steps; their states are remembered until they are trained."""
@@ -54,6 +59,7 @@ def position_state(position: Position, mixture: Sequence[Share], settings: PlanS
         "plan": position.state,
         "mixture": [asdict(share) for share in mixture],
         "settings": _deciding(settings),
+        "cost": list(settings.cost),
     }
 
 
@@ -83,8 +89,15 @@ def check_settings(state: Mapping[str, Any], settings: PlanSettings) -> None:
             )
 
 
-_NAMES = {"packs_per_step": "data.packs_per_step", "max_tokens": "data.max_tokens", "max_tiles": "data.max_pack_tiles"}
-_NAMES |= {"pool_size": "data.pool_size", "repeat_rule": "data.repeat_rule", "reduction": "loss.reduction"}
+_NAMES = {
+    "packs_per_step": "data.packs_per_step",
+    "max_tokens": "data.max_tokens",
+    "max_tiles": "data.max_pack_tiles",
+    "max_frames": "data.max_frames",
+    "pool_size": "data.pool_size",
+    "repeat_rule": "data.repeat_rule",
+    "reduction": "loss.reduction",
+}
 
 
 def check_datasets(mixture: Sequence[Share], corpus: Corpus) -> None:
@@ -95,7 +108,7 @@ def check_datasets(mixture: Sequence[Share], corpus: Corpus) -> None:
     """
     rows = {index.name: (len(index), index.fingerprint) for index in corpus.indexes}
     for share in mixture:
-        if share.samples and rows.get(share.name) != (share.rows, share.fingerprint):
+        if rows.get(share.name) != (share.rows, share.fingerprint):
             found = f"has {rows[share.name][0]} usable rows now" if share.name in rows else "is gone"
             raise ValueError(
                 f"dataset {share.name!r} had {share.rows} usable rows when the checkpoint was saved in mid-epoch and "
@@ -105,5 +118,4 @@ def check_datasets(mixture: Sequence[Share], corpus: Corpus) -> None:
 
 
 def _deciding(settings: PlanSettings) -> dict[str, Any]:
-    values = {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}
-    return {**values, "cost": list(values["cost"])}
+    return {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.horizon import Horizon, horizon, write_steps
+from ivl_lightning.data.index_file import IndexWriteError
 from ivl_lightning.data.mixture import Share, shares
-from ivl_lightning.data.plan import DEFAULT_COST, Cost, PlannedStep, PlanSettings, TrainingPlan
+from ivl_lightning.data.plan import DEFAULT_COST, NO_ROW, Cost, PlannedStep, PlanSettings, TrainingPlan
 from ivl_lightning.data.position import (
     Position,
     check_datasets,
@@ -21,14 +24,18 @@ from ivl_lightning.data.position import (
 )
 from ivl_lightning.structures import PlannedPack
 
+_log = logging.getLogger(__name__)
+
 
 def mixture_of(corpus: Corpus, config: DataConfig) -> tuple[Share, ...]:
     """Samples of each dataset in an epoch, from `repeat_time`, `data.weights` and `data.resampling`.
 
+    Datasets without a sample are left out, so that a change of their rows changes nothing.
+
     Raises:
         ValueError: weights that do not name the datasets.
     """
-    return shares(
+    every = shares(
         [spec.name for spec in corpus.specs],
         corpus.sizes,
         [spec.repeat_time for spec in corpus.specs],
@@ -36,6 +43,7 @@ def mixture_of(corpus: Corpus, config: DataConfig) -> tuple[Share, ...]:
         resampling=config.resampling,
         fingerprints=[index.fingerprint for index in corpus.indexes],
     )
+    return tuple(share for share in every if share.samples)
 
 
 def plan_settings(
@@ -51,6 +59,7 @@ def plan_settings(
         reduction=reduction,
         repeat_rule=config.repeat_rule,
         cost=cost,
+        max_frames=config.max_frames,
         epochs=epochs,
     )
 
@@ -76,7 +85,9 @@ class TrainingStream:
         self.settings = settings
         self.position = Position()
         self.mixture = self._own_mixture = mixture_of(corpus, config)
-        self._plan = TrainingPlan(corpus.plan_rows, self.mixture, settings)
+        if not self.mixture:
+            raise ValueError(NO_ROW)
+        self._plan = TrainingPlan(self.view.plan_rows, self.mixture, settings)
         self._finished = False
 
     @property
@@ -86,7 +97,7 @@ class TrainingStream:
 
     def begin(self, epoch: int) -> None:
         """Stand at the beginning of an epoch."""
-        self._set(self._own_mixture, epoch, None)
+        self._set(self._own_mixture, self.settings.cost, epoch, None)
         self._finished = False
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -99,11 +110,11 @@ class TrainingStream:
         """
         self.check(state)
         self._finished = state["plan"] is not None and not is_mid_epoch(state)
-        mixture = self._own_mixture
+        mixture, cost = self._own_mixture, self.settings.cost
         if is_mid_epoch(state):
-            mixture = saved_mixture(state)
+            mixture, cost = saved_mixture(state), tuple(state["cost"])
             check_datasets(mixture, self.corpus)
-        self._set(mixture, state["epoch"], state["plan"])
+        self._set(mixture, cost, state["epoch"], state["plan"])
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of mid-epoch whose settings make another plan.
@@ -113,10 +124,10 @@ class TrainingStream:
         """
         check_settings(state, self.settings)
 
-    def _set(self, mixture: tuple[Share, ...], epoch: int, plan_state: dict[str, Any] | None) -> None:
-        if mixture != self.mixture:
+    def _set(self, mixture: tuple[Share, ...], cost: Cost, epoch: int, plan_state: dict[str, Any] | None) -> None:
+        if (mixture, cost) != (self.mixture, self._plan.settings.cost):
             self.mixture = mixture
-            self._plan = TrainingPlan(self.view.plan_rows, mixture, self.settings)
+            self._plan = TrainingPlan(self.view.plan_rows, mixture, replace(self.settings, cost=cost))
         self.position.epoch, self.position.state = epoch, plan_state
 
     def packs(self, rank: int, world_size: int, *, count_in: Path | None = None) -> Iterator[PlannedPack]:
@@ -136,7 +147,7 @@ class TrainingStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Position, and what the rest of the epoch depends on; plain numbers, texts and lists."""
-        return position_state(self.position, self.mixture, self.settings)
+        return position_state(self.position, self.mixture, self._plan.settings)
 
 
 def _counted(plan: TrainingPlan, steps: Iterator[PlannedStep], folder: Path | None) -> Iterator[PlannedStep]:
@@ -145,5 +156,10 @@ def _counted(plan: TrainingPlan, steps: Iterator[PlannedStep], folder: Path | No
     for step in steps:
         count = step.number + 1
         yield step
-    if count and folder is not None:
+    if not count or folder is None:
+        return
+    try:
         write_steps(plan, folder, count)
+    except IndexWriteError as error:
+        # A convenience for later runs is no reason to end this one.
+        _log.warning("the number of steps is not kept: %s", error)

@@ -42,14 +42,14 @@ def run_stage(folder: Path) -> None:
         torch.set_num_threads(config.trainer.threads)
     L.seed_everything(config.seed, verbose=False)
     tokenizer = tokenizer_of(config.model, config.init_from)
-    datamodule = build_datamodule(config, tokenizer)
+    checkpoint = newest_checkpoint(folder)
+    datamodule = build_datamodule(config, tokenizer, look_again=checkpoint is None)
     stage = build_stage(config, tokenizer)
     losses = LossEnds()
     trainer = build_trainer(config, folder, [losses])
     for logger in trainer.loggers:
         logger.log_hyperparams(asdict(config))
     start = time.monotonic()
-    checkpoint = newest_checkpoint(folder)
     trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     if losses.validated_at != trainer.global_step:
         trainer.validate(stage, datamodule, verbose=False)
@@ -132,7 +132,9 @@ def input_hash(config: RunConfig) -> str:
     return RANDOM_WEIGHTS if source is None else weights_hash(Path(source))
 
 
-def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DynamicPackingDataModule:
+def build_datamodule(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, look_again: bool = False
+) -> DynamicPackingDataModule:
     """The data of a stage.
 
     Raises:
@@ -150,6 +152,7 @@ def build_datamodule(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> D
         patch_size=patch_size(shapes),
         downsample_ratio=shapes.downsample_ratio,
         cost=cost_of(config.model, config.stage, shapes),
+        look_again=look_again,
     )
 
 

@@ -32,9 +32,9 @@ def training_cost(
 def forward_cost(config: InternVLConfig) -> tuple[float, float, float]:
     """Floating-point operations of a forward pass per token, per squared document length, and per tile.
 
-    Two for each weight a token meets (the head's included), 2 n d per layer for the causal half of the two attention
-    products over n positions of d channels, and the vision tower with its full attention. For InternVL 2.5 1B these
-    are about 1.0e9, 4.3e4 and 0.72e12; for 8B 14.7e9, 2.6e5 and 0.72e12.
+    Two for each weight a token meets, 2 n d per layer for the causal half of the two attention products over n
+    positions of d channels, and the vision tower with its full attention. The head is left out: it runs on supervised
+    positions only. For InternVL 2.5 1B these are about 0.72e9, 4.3e4 and 0.72e12; for 8B 14.0e9, 2.6e5 and 0.72e12.
 
     Args:
         config: shapes of the network.
@@ -45,7 +45,7 @@ def forward_cost(config: InternVLConfig) -> tuple[float, float, float]:
     key_value_width = head_size * text.num_key_value_heads
     attention = 2 * text.hidden_size * attention_width + 2 * text.hidden_size * key_value_width
     feed_forward = 3 * text.hidden_size * text.intermediate_size
-    weights = text.num_hidden_layers * (attention + feed_forward) + text.hidden_size * text.vocab_size
+    weights = text.num_hidden_layers * (attention + feed_forward)
     return 2.0 * weights, 2.0 * text.num_hidden_layers * attention_width, _tile_cost(config)
 
 

@@ -6,7 +6,7 @@ A stage is this class with another choice of what trains.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import lightning as L
 import torch
@@ -83,6 +83,8 @@ class SupervisedStage(L.LightningModule):
         self._score_names: list[str] = []
         self.progress = 0.0
         self._step_sums: Tensor | None = None
+        self._broken = 0
+        self._trained: PackedBatch | None = None
 
     @property
     def reduction(self) -> str:
@@ -154,6 +156,21 @@ class SupervisedStage(L.LightningModule):
     def on_train_start(self) -> None:
         """Lightning leaves the modes as they were; a resumed or reused module may be in eval mode."""
         self.train()
+        self._align_batch_count()
+
+    def _align_batch_count(self) -> None:
+        """Make Lightning count the finished steps in micro-batches of this layout.
+
+        It steps the optimizer at each multiple of the accumulation, and a checkpoint holds a count of the layout that
+        saved it: 3 steps of 4 ranks are 3 micro-batches, continued on one rank they are 12.
+        """
+        steps = datamodule_of(self.trainer).stream.position.steps
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        micro_steps = self.trainer.accumulate_grad_batches
+        for counter, finished in ((progress.current, steps), (progress.total, self.trainer.global_step)):
+            shift = finished * micro_steps - counter.ready
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counter, name, getattr(counter, name) + shift)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Under FSDP gradients travel only with a step's last micro-batch."""
@@ -165,29 +182,45 @@ class SupervisedStage(L.LightningModule):
         """Loss of one micro-batch, scaled so that the step's gradient is that of (sum of S) / W."""
         assert self.root is not None
         planned = batch.planned
+        self._trained = batch
         weighted_sum, token_losses = self.root(batch)
         self.progress = planned.progress
         self._log_step(weighted_sum.detach(), token_losses.detach(), batch)
         return self.loss_head.normalise(weighted_sum, batch.loss_weights, planned.weight_sum, planned.packs_per_step)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step; then the position in the data moves with the weights."""
+        super().optimizer_step(*args, **kwargs)
+        if self._trained is not None:
+            datamodule_of(self.trainer).note_trained(self._trained)
+
     def _log_step(self, weighted_sum: Tensor, token_losses: Tensor, batch: PackedBatch) -> None:
-        """Add up S over the step's micro-batches; with its last one log (sum of S) / W, and each dataset's own."""
-        planned = batch.planned
-        names = datamodule_of(self.trainer).mixture_names
+        """Add up S over the step's micro-batches; with its last one log (sum of S) / W, and each dataset's own.
+
+        Rows that broke travel along, so that all ranks know how many there are and stop together.
+        """
+        planned, datamodule = batch.planned, datamodule_of(self.trainer)
+        names = datamodule.mixture_names
+        self._broken += datamodule.note_rejects(batch.rejects)
         sums = torch.cat([weighted_sum.float().reshape(1), *_sums_by_dataset(token_losses, batch, len(names))])
         self._step_sums = sums if planned.micro_step == 0 or self._step_sums is None else self._step_sums + sums
         if planned.micro_step + 1 < planned.num_micro_steps:
             return
-        total = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
-        self._step_sums = None
+        own = torch.cat([self._step_sums, self._step_sums.new_tensor([self._broken])])
+        total = self.trainer.strategy.reduce(own, reduce_op="sum")
+        datamodule.note_rejects_elsewhere(int(total[-1]) - self._broken)
+        self._step_sums, self._broken = None, 0
         self.log("train/loss", total[0] / planned.weight_sum, prog_bar=True, batch_size=1)
-        self.log("train/progress", planned.progress, batch_size=1)
-        if len(names) == 1:
-            return
-        losses, weights = total[1:].reshape(2, -1).tolist()
+        self.log("train/progress", self._share_of_run(planned.progress), batch_size=1)
+        losses, weights = total[1:-1].reshape(2, -1).tolist()
         for name, loss, weight in zip(names, losses, weights, strict=True):
-            if weight:
+            if weight and len(names) > 1:
                 self.log(f"train/loss/{name}", loss / weight, batch_size=1)
+
+    def _share_of_run(self, consumed: float) -> float:
+        """Of the steps where `max_steps` ends the run, else of the samples."""
+        max_steps = self.trainer.max_steps
+        return consumed if max_steps == -1 else min((self.trainer.global_step + 1) / max_steps, 1.0)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the trainable parameters, by part, with warm-up and cosine."""

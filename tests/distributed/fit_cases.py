@@ -54,13 +54,10 @@ def fit(
     reduction: str,
     normaliser: str,
     stage: str,
-    checkpoints: Path,
-    resume: bool,
+    keep_in: Path,
+    resume_from: Path | None,
 ) -> dict[str, Any]:
-    """Train a few steps; the same seeds whatever the layout.
-
-    One process keeps the state behind each step in `checkpoints`; `resume` goes on behind its first step.
-    """
+    """Train a few steps; the same seeds whatever the layout. The state behind each step is kept (not under FSDP)."""
     tokenizer = tiny.load_tiny_tokenizer()
     stage_class = {"instruction_tuning": InstructionTuning, "mlp_warmup": MLPWarmup}[stage]
     module = stage_class(
@@ -72,21 +69,22 @@ def fit(
     config = tiny.tiny_data_config(meta, max_tokens=420, max_pack_tiles=8, val_rows=5)
     data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
     recorder = Recorder()
-    keep = ModelCheckpoint(dirpath=checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    keep = ModelCheckpoint(dirpath=keep_in, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    keeps = strategy != "fsdp" and resume_from is None
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy=build_strategy(StrategyConfig(name=strategy), num_ranks=world_size),
         max_steps=STEPS,
         logger=False,
-        enable_checkpointing=world_size == 1,
+        enable_checkpointing=keeps,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=1.0,
-        callbacks=[recorder, keep] if world_size == 1 else [recorder],
+        callbacks=[recorder, keep] if keeps else [recorder],
     )
-    trainer.fit(module, data, ckpt_path=checkpoints / "step=1.ckpt" if resume else None, weights_only=True)
+    trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     metrics = trainer.validate(module, data, verbose=False)[0]
     return {"losses": recorder.losses, "gradients": recorder.gradients, "validation": metrics}
 
@@ -97,8 +95,10 @@ def main() -> None:
     results = {}
     for case in sys.argv[4:]:
         strategy, stage, reduction, rule = case.split("/")
-        resume = rule == "resume"
-        normaliser = "step" if resume else rule
+        # "resumeN" goes on behind the first step of N ranks.
+        ranks = rule.removeprefix("resume") if rule.startswith("resume") else None
+        normaliser = rule if ranks is None else "step"
+        folder = f"{stage}-{reduction}-{normaliser}"
         results[case] = fit(
             meta,
             strategy,
@@ -106,8 +106,8 @@ def main() -> None:
             reduction=reduction,
             normaliser=normaliser,
             stage=stage,
-            checkpoints=out.parent / f"{stage}-{reduction}-{normaliser}",
-            resume=resume,
+            keep_in=out.parent / f"{folder}-{world_size}",
+            resume_from=None if ranks is None else out.parent / f"{folder}-{ranks}" / "step=1.ckpt",
         )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(results, out)

@@ -20,7 +20,8 @@ TWO_RANKS = [
     "ddp/mlp_warmup/square/micro_batch",
 ]
 FOUR_RANKS = ["ddp/instruction_tuning/square/step"]
-RESUMED = "ddp/instruction_tuning/square/resume"
+GROWN = "ddp/instruction_tuning/square/resume1"
+SHRUNK = [f"single/instruction_tuning/square/resume{ranks}" for ranks in (2, 4)]
 
 
 def start(world_size: int, meta: Path, out: Path, cases: list[str]) -> subprocess.Popen[str]:
@@ -41,12 +42,13 @@ def results(tmp_path_factory):
     meta = tiny.write_tiny_data(folder / "data")
     alone = sorted({"/".join(["single", *case.split("/")[1:]]) for case in [*TWO_RANKS, *FOUR_RANKS]})
     found = {}
-    for world_size, cases in ((1, alone), (2, [*TWO_RANKS, RESUMED]), (4, FOUR_RANKS)):
+    runs = ((1, alone), (2, [*TWO_RANKS, GROWN]), (4, FOUR_RANKS), (1, SHRUNK))
+    for world_size, cases in runs:
         out = folder / f"{world_size}.pt"
         process = start(world_size, meta, out, cases)
         output = process.communicate(timeout=240)[0]
         assert process.returncode == 0, output[-4000:]
-        found[world_size] = torch.load(out, weights_only=True)
+        found.setdefault(world_size, {}).update(torch.load(out, weights_only=True))
     return found
 
 
@@ -67,10 +69,14 @@ def test_layout_changes_nothing(results, world_size, case):
         torch.testing.assert_close(gradient, wanted["gradients"][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_two_ranks_go_on_where_one_process_stopped(results):
-    """Saved behind step 1 of one process that accumulates 4 packs, continued on 2 ranks: the same packs and losses."""
+@pytest.mark.parametrize(("world_size", "case"), [(2, GROWN), *((1, case) for case in SHRUNK)])
+def test_another_number_of_ranks_goes_on(results, world_size, case):
+    """Behind step 1 of one process on 2 ranks, and of 2 and 4 ranks on one process: the same packs and losses.
+
+    One step is 4, 2 or 1 micro-batches, so a count of them that is taken over steps the optimizer at wrong places.
+    """
     wanted = results[1]["single/instruction_tuning/square/step"]["losses"]
-    assert results[2][RESUMED]["losses"] == pytest.approx(wanted[1:], rel=1e-5)
+    assert results[world_size][case]["losses"] == pytest.approx(wanted[1:], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in TWO_RANKS if "micro_batch" not in case])

@@ -366,14 +366,13 @@ def test_rows_that_broke_before_the_checkpoint_stay_out(meta, tokenizer):
     names = []
     for batch in data.train_dataloader():
         names += batch.sample_ids
+        data.note_rejects(batch.rejects)
         data.note_trained(batch)
-    state = data.state_dict()
-    assert state["left_out"] == [["pictures", 2]]
+    state = json.loads(json.dumps({**data.state_dict(), "epoch": 0, "plan": None}))
+    assert [name for name, *_ in state["left_out"]] == ["pictures"]
     picture.write_bytes(content)
     again = module(meta, tokenizer, packs_per_step=2, reject_limit=1.0)
-    resumed(again, state)
-    following = [name for batch in again.train_dataloader() for name in batch.sample_ids]
-    assert len(names) == len(following) == 23
+    assert len(names) == sum(len(ids) for ids, _ in resumed(again, state)) == 23
 
 
 def test_horizon_of_a_second_run_is_counted(meta, tokenizer, tmp_path):
@@ -385,3 +384,134 @@ def test_horizon_of_a_second_run_is_counted(meta, tokenizer, tmp_path):
     assert data.horizon().estimated
     steps = len(list(data.train_dataloader())) // 2
     assert data.horizon() == Horizon(3 * steps, estimated=False)
+
+
+def as_one_line_list(meta):
+    """Both datasets as JSON lists without a line break: every row stands on line 1."""
+    content = json.loads(meta.read_text())
+    for name, entry in content.items():
+        rows = [json.loads(line) for line in (meta.parent / f"{name}.jsonl").read_text().splitlines()]
+        (meta.parent / f"{name}.json").write_text(json.dumps(rows))
+        entry["annotation"] = f"{name}.json"
+    meta.write_text(json.dumps(content))
+
+
+def test_one_broken_picture_of_a_one_line_list_is_one_row(meta, tokenizer):
+    """In the next epoch, too: rows are told apart by place and content, not by line."""
+    as_one_line_list(meta)
+    data = module(meta, tokenizer, reject_limit=1.0)
+    broken = meta.parent / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    for _ in range(2):
+        trained = 0
+        for batch in data.train_dataloader():
+            trained += len(batch.sample_ids)
+            data.note_rejects(batch.rejects)
+        assert trained == 23
+    assert data.ledger.counted == 1
+
+
+def with_folder(data, folder):
+    data.trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, default_root_dir=folder
+    )
+    data.setup("fit")
+    return data
+
+
+def test_an_earlier_ledger_takes_no_good_row_away(meta, tokenizer, tmp_path):
+    """Row 5 is broken and listed; its line is deleted, and the row that now stands on line 5 is trained."""
+    lines = (meta.parent / "text.jsonl").read_text().splitlines(keepends=True)
+    (meta.parent / "text.jsonl").write_text("".join([*lines[:4], "{broken\n", *lines[4:]]))
+    config = tiny.tiny_data_config(meta, reject_limit=1.0)
+    for rejected in (1, 0):
+        data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
+        with_folder(data, tmp_path)
+        assert data.ledger.counted == rejected
+        assert sum(len(batch.sample_ids) for batch in data.train_dataloader()) == 24
+        (meta.parent / "text.jsonl").write_text("".join(lines))
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_torn_ledger_line_is_passed_over(tmp_path, caplog):
+    line = Reject("d", "f", 2, None, "image_truncated", "broken", trained=True, offset=7, digest="ab")
+    Ledger(tmp_path / "ledger.jsonl").add([line])
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"dataset": "d", "fi')
+    again = Ledger(tmp_path / "ledger.jsonl")
+    assert again.counted == 1, "what broke before counts in the run that goes on"
+    assert again.left_out == {("d", 7, "ab")}
+    assert "ledger.jsonl:2 is no whole line" in caplog.text
+
+
+def test_rows_that_other_ranks_lost_count_once(tmp_path):
+    """Two ledgers of one file: each counts its own and is told the other's; nothing is counted again from the file."""
+    lines = [Reject("d", "f", n, None, "image_truncated", "x", trained=True, offset=n, digest="") for n in range(3)]
+    one, two = Ledger(tmp_path / "ledger.jsonl"), Ledger(tmp_path / "ledger.jsonl")
+    one.add(lines[:1])
+    two.add(lines[1:])
+    one.count_elsewhere(2)
+    one.read_others()
+    assert one.counted == 3
+    assert one.left_out == {line.row for line in lines}
+    assert one.add(lines) == 0
+
+
+def test_an_annotation_file_that_changed_under_a_run_is_named(meta, tokenizer):
+    """Another row of the same length at the same place, and a file that is cut: both are rejects, the run goes on."""
+    data = module(meta, tokenizer)
+    path = meta.parent / "text.jsonl"
+    content = path.read_text()
+    path.write_text(content.replace("Say 3.", "Say 7."))
+    rejects = [line for batch in data.train_dataloader() for line in batch.rejects]
+    assert [(line.line, line.reason) for line in rejects] == [(4, "index_stale")]
+    path.write_text(content[: len(content) // 2])
+    reasons = [line.reason for batch in data.train_dataloader() for line in batch.rejects]
+    assert reasons
+    assert set(reasons) == {"row_lost"}
+
+
+def test_a_dataset_of_weight_zero_decides_nothing(meta, tokenizer):
+    """It may change or go in mid-epoch."""
+    add_dataset(meta, "zero")
+    weights = {"pictures": 1.0, "text": 1.0, "zero": 0.0}
+    data = module(meta, tokenizer, packs_per_step=2, weights=weights)
+    whole = consumed(data, 2)
+    assert not any(name.startswith("zero") for ids, _ in whole for name in ids)
+    content = json.loads(meta.read_text())
+    del content["zero"]
+    meta.write_text(json.dumps(content))
+    del weights["zero"]
+    assert resumed(module(meta, tokenizer, packs_per_step=2, weights=weights), data.state_dict()) == whole[2:]
+
+
+def test_the_cost_of_a_begun_epoch_is_kept(meta, tokenizer):
+    """Other costs (activation checkpointing was turned on) group other packs, from the next epoch on."""
+    data = module(meta, tokenizer, packs_per_step=2)
+    whole = consumed(data, 2)
+    config = tiny.tiny_data_config(meta, packs_per_step=2)
+    again = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE, cost=(1.0, 0.0, 0.0))
+    again.setup("fit")
+    assert resumed(again, data.state_dict()) == whole[2:]
+    again.train_dataloader()
+    assert again.state_dict()["cost"] == [1.0, 0.0, 0.0]
+
+
+def test_validation_alone_needs_no_plan(meta, tokenizer):
+    data = DynamicPackingDataModule(tiny.tiny_data_config(meta, val_rows=4), tokenizer, patch_size=tiny.PATCH_SIZE)
+    data.setup("validate")
+    assert data.state_dict() == {}
+    data.load_state_dict({"plan": None})
+
+
+def test_a_disk_that_takes_no_step_count_ends_no_epoch(meta, tokenizer, tmp_path, caplog):
+    data = module(meta, tokenizer, cache_dir=str(tmp_path / "cache"))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("")
+    assert sum(len(batch.sample_ids) for batch in data.train_dataloader()) == 24
+    assert "the number of steps is not kept" in caplog.text
+
+
+def test_all_rows_equal_leave_nothing_to_train(meta):
+    with pytest.raises(ValueError, match="all 3 usable rows, which are equal"):
+        hold_back(np.array([1, 1, 1], dtype=np.uint64), 2)

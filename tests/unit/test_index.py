@@ -5,6 +5,7 @@ import multiprocessing
 import resource
 import signal
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from ivl_lightning.data.corpus import read_corpus
 from ivl_lightning.data.encoding import encoder_factory
 from ivl_lightning.data.exclusion import read_exclusions
 from ivl_lightning.data.index import build_index, build_indexes
-from ivl_lightning.data.index_file import IndexParts, IndexWriteError
-from ivl_lightning.data.measuring import COLUMNS, digest_text, measure_rows, row_digest
+from ivl_lightning.data.index_file import IndexParts, IndexWriteError, read_index, write_index
+from ivl_lightning.data.locations import MediaError
+from ivl_lightning.data.measuring import COLUMNS, concatenate, digest_text, measure_rows, row_digest
+from ivl_lightning.data.media import MediaReader
+from ivl_lightning.structures import Reject
 from tests import tiny
 
 ROWS = 3000
@@ -167,7 +171,7 @@ def test_a_full_disk_is_said_so(meta, tmp_path):
 
 def test_a_folder_that_is_a_file_is_said_so(meta, tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(IndexWriteError, match=r"data.cache_dir=.*cannot be made"):
+    with pytest.raises(IndexWriteError, match=r"data.cache_dir=.*cannot be used"):
         build_index(make_encoder(meta), cache_dir=tmp_path / "cache", workers=1, progress=False)
 
 
@@ -186,7 +190,6 @@ def test_an_exclusion_list_is_honored_by_content(meta, alone, tmp_path):
     entries = [
         {"dataset": "text", "line": 3, "id": "2", "digest": digests[0], "rule": "repeated_lines", "message": "x"},
         {"dataset": "text", "line": 5, "id": "4", "digest": digests[1][::-1], "rule": "zeros", "message": "x"},
-        {"dataset": "other", "line": 1, "id": None, "digest": digests[1], "rule": "zeros", "message": "x"},
     ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     corpus = read_corpus(str(meta), make_factory(), cache_dir=None, progress=False, exclude=str(path))
@@ -194,6 +197,18 @@ def test_an_exclusion_list_is_honored_by_content(meta, alone, tmp_path):
     listed = [line for line in corpus.rejects if line.reason == "excluded"]
     assert [(line.line, line.id, line.counted) for line in listed] == [(3, "2", False)]
     assert listed[0].file.endswith("text.jsonl")
+
+
+def test_what_a_list_does_not_hit_is_said(meta, alone, tmp_path, caplog):
+    """A line that matches no row is counted in the log; a dataset that is not there is an error."""
+    path = tmp_path / "drop.jsonl"
+    options = {"cache_dir": None, "progress": False, "exclude": str(path)}
+    path.write_text('{"dataset": "text", "digest": "0123456789abcdef", "id": "a\u2028b"}\n\n')
+    assert len(read_corpus(str(meta), make_factory(), **options)) == len(alone)
+    assert "1 of 1 lines" in caplog.text
+    path.write_text('{"dataset": "txt", "digest": "0123456789abcdef"}\n')
+    with pytest.raises(ValueError, match=r"names the datasets \['txt'\], but meta.json has \['text'\]"):
+        read_corpus(str(meta), make_factory(), **options)
 
 
 @pytest.mark.parametrize(("listed", "kept"), [(1, [1, 2]), (2, [1]), (3, []), (4, [])])
@@ -251,3 +266,59 @@ def test_media_that_came_late_are_found(tmp_path):
     (late,) = build_indexes([encoder], cache_dir=tmp_path, progress=False, look_again=True)
     assert_equal(late, build_index(encoder, progress=False))
     assert_equal(late, build_index(encoder, cache_dir=tmp_path, progress=False))
+
+
+def test_late_media_of_a_one_line_list(tmp_path):
+    """All rows stand on line 1; only the one whose picture came late is measured again."""
+    meta = tiny.write_tiny_data(tmp_path / "data")
+    rows = [json.loads(line) for line in (tmp_path / "data/pictures.jsonl").read_text().splitlines()]
+    (tmp_path / "data/pictures.jsonl").write_text(json.dumps(rows))
+    picture = tmp_path / "data/2.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    encoder = make_encoder(meta)
+    assert len(build_index(encoder, cache_dir=tmp_path, progress=False)) == 11
+    picture.write_bytes(content)
+    (late,) = build_indexes([encoder], cache_dir=tmp_path, progress=False, look_again=True)
+    assert_equal(late, build_index(encoder, progress=False))
+
+
+def test_a_cache_that_cannot_be_locked_is_read_all_the_same(tmp_path, monkeypatch, caplog):
+    meta = tiny.write_tiny_data(tmp_path / "data")
+    (tmp_path / "data/2.png").unlink()
+    encoder = make_encoder(meta)
+    first = build_index(encoder, cache_dir=tmp_path, progress=False)
+    (lock,) = tmp_path.glob("pictures-*.lock")
+    lock.unlink()
+    lock.mkdir()
+    (again,) = build_indexes([encoder], cache_dir=tmp_path, progress=False, look_again=True)
+    assert_equal(again, first)
+    assert "cannot be locked" in caplog.text
+
+
+def test_many_rejects_are_kept(tmp_path):
+    """300,000 messages of 200 characters are more than the notes of a Parquet file may hold."""
+    rejects = tuple(
+        Reject("d", "f", n, None, "file_missing", "x" * 200, offset=n, digest=f"{n:016x}") for n in range(300_000)
+    )
+    written = replace(concatenate([]), rejects=rejects, end=7)
+    write_index(tmp_path / "index.parquet", written)
+    assert read_index(tmp_path / "index.parquet").rejects == rejects
+
+
+def test_a_store_that_fails_once_is_asked_again(tmp_path, monkeypatch):
+    """Each picture fails at its first opening; with two further tries every row is measured."""
+    meta = tiny.write_tiny_data(tmp_path)
+    failed = set()
+    real = MediaReader.image_size
+
+    def flaky(self, path):
+        if path not in failed:
+            failed.add(path)
+            raise MediaError("file_unreadable", "connection lost")
+        return real(self, path)
+
+    monkeypatch.setattr(MediaReader, "image_size", flaky)
+    assert len(build_index(make_encoder(meta, retries=2), workers=1, progress=False)) == 12
+    failed.clear()
+    assert len(build_index(make_encoder(meta, retries=0), workers=1, progress=False)) < 12

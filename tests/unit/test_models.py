@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from ivl_lightning.config.schema import ModelConfig
 from ivl_lightning.losses.next_token import NextTokenLoss
@@ -17,6 +17,7 @@ from ivl_lightning.models.build import (
     grow_vocabulary,
     load_model,
 )
+from ivl_lightning.models.cost import forward_cost, training_cost
 from ivl_lightning.models.drop_path import DropPath, apply_drop_path
 from ivl_lightning.models.freeze import frozen_modules, part_sizes, set_trainable
 from ivl_lightning.models.tokenizer import image_token_id
@@ -160,3 +161,24 @@ def test_wrong_parts_are_named(model, parts, layers, message):
 def test_plain_config_needs_a_type():
     with pytest.raises(ValueError, match="model_type is missing"):
         build_config(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "square"),
+    [((896, 24, 14, 2, 4864), 0.72e9, 4.3e4), ((4096, 32, 32, 8, 14336), 14.0e9, 2.6e5)],
+    ids=["1b", "8b"],
+)
+def test_forward_cost_of_published_sizes(text, token, square):
+    """1B: 24 layers of Qwen2.5-0.5B have 0.358e9 weights, so 0.72e9; 2 * 24 * 896 = 43,008; a 300M tower 0.72e12."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    config = InternVLConfig(
+        text_config=Qwen2Config(**dict(zip(names, text, strict=True))),
+        vision_config=InternVLVisionConfig(
+            hidden_size=1024, num_hidden_layers=24, intermediate_size=4096, image_size=448, patch_size=14
+        ),
+    )
+    cost = forward_cost(config)
+    assert cost == pytest.approx((token, square, 0.72e12), rel=0.02)
+    assert training_cost(config, ["vision", "projector", "llm"]) == pytest.approx([3 * value for value in cost])
+    frozen = training_cost(config, ["projector"])
+    assert frozen == pytest.approx([2 * cost[0], 2 * cost[1], cost[2]]), "gradients pass the language model"

@@ -66,7 +66,7 @@ def make_rows(count=100, videos=True):
 
 
 def make_plan(packs_per_step=4, reduction="square", rows=None, **changes):
-    options = {"max_tokens": 100, "max_tiles": 8, "pool_size": 16, "seed": 3, **changes}
+    options = {"max_tokens": 100, "max_tiles": 8, "pool_size": 16, "seed": 3, "max_frames": 5, **changes}
     plan_settings = PlanSettings(packs_per_step=packs_per_step, reduction=reduction, **options)
     return TrainingPlan(rows or make_rows(), of_sizes([60, 40], [1, 1.5]), plan_settings)
 
@@ -144,7 +144,7 @@ def test_the_expected_frames_are_the_mean_of_the_draws():
     """Two videos, [2, 4] of at most 5: drawn 2..5, capped at 4: mean (2 + 3 + 4 + 4) / 4 = 3.25, so 0.75 are spared."""
     two = np.array([2, 2], np.int16)
     rows = PlanRows(two, two, 2 * two, 2 * two, two, np.arange(6))
-    plan = TrainingPlan(rows, of_sizes([2], [1]), PlanSettings(1, 100, 1, 4, 0, "token"))
+    plan = TrainingPlan(rows, of_sizes([2], [1]), PlanSettings(1, 100, 1, 4, 0, "token", max_frames=5))
     assert plan.fewest_steps() == pytest.approx(2 * 3.25)
 
 

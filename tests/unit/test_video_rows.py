@@ -122,6 +122,26 @@ def test_a_video_over_the_caps_is_rejected_or_shrinks(meta):
     assert shrunk.column("frames").tolist() == [4, 3, 4, 4]
 
 
+def test_truncated_videos_keep_their_number_of_frames(meta):
+    """A cut at 330 tokens falls behind the frames of some rows: what is read is what was planned."""
+    data = module(meta, max_sample_tokens=230, over_length="truncate", reject_limit=1.0)
+    assert len(data.train_corpus)
+    for epoch in range(3):
+        data.stream.begin(epoch)
+        dataset = data.train_dataloader().dataset
+        data.stream.begin(epoch)
+        for planned in data.stream.packs(0, 1):
+            assert not dataset[planned].rejects
+
+
+def test_another_maximum_of_frames_is_another_plan(meta):
+    data = module(meta)
+    batches = data.train_dataloader()
+    data.note_trained(next(iter(batches)))
+    with pytest.raises(ValueError, match=r"data.max_frames=6, this run has 8"):
+        module(meta, max_frames=8).load_state_dict(data.state_dict())
+
+
 def test_a_video_that_shrank_is_named(meta):
     """Measured with 12 frames, it has 2 now: a plan of 3 is refused, where frames would have to be repeated."""
     corpus = module(meta).train_corpus
