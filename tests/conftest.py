@@ -3,6 +3,7 @@ import os
 # One thread per test process: with two of them on two cores, torch's own threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from tests import tiny
 
 torch.set_num_threads(1)
+# Commands that the tests start measure rows into a folder of this session's own.
+os.environ["IVL_LIGHTNING_CACHE"] = tempfile.mkdtemp(prefix="ivl-index-")
 
 
 @pytest.fixture(scope="session")

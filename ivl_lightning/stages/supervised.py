@@ -162,15 +162,18 @@ class SupervisedStage(L.LightningModule):
         """Make Lightning count the finished steps in micro-batches of this layout.
 
         It steps the optimizer at each multiple of the accumulation, and a checkpoint holds a count of the layout that
-        saved it: 3 steps of 4 ranks are 3 micro-batches, continued on one rank they are 12.
+        saved it: 3 steps of 4 ranks are 3 micro-batches, continued on one rank they are 12. One that was saved on an
+        exception also counts the micro-batches of the step that failed, which is made anew.
         """
         steps = datamodule_of(self.trainer).stream.position.steps
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        micro_steps = self.trainer.accumulate_grad_batches
+        loop = self.trainer.fit_loop.epoch_loop
+        # At the end of a batch Lightning saves before it counts the batch as completed, and makes up for it on restart.
+        uncounted = int(loop.restarted_on_train_batch_end)
+        progress, micro_steps = loop.batch_progress, self.trainer.accumulate_grad_batches
         for counter, finished in ((progress.current, steps), (progress.total, self.trainer.global_step)):
-            shift = finished * micro_steps - counter.ready
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(counter, name, getattr(counter, name) + shift)
+            for name in ("ready", "started", "processed"):
+                setattr(counter, name, finished * micro_steps)
+            counter.completed = finished * micro_steps - uncounted
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Under FSDP gradients travel only with a step's last micro-batch."""

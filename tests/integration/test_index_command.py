@@ -13,7 +13,7 @@ from tests.commands import ROOT, environment, own_arguments, train
 def run(tmp_path_factory):
     """A model and data; the command, and the folder it works in."""
     folder = tmp_path_factory.mktemp("index")
-    arguments = [*own_arguments(folder, steps=1), f"run_dir={folder}/run", "data.val_rows=4", "data.index_workers=1"]
+    arguments = [*own_arguments(folder, steps=1), f"run_dir={folder}/run", "data.val_rows=4", f"data.cache_dir={folder}/index"]
 
     def index(*more):
         command = [sys.executable, "-m", "ivl_lightning.cli.index", *arguments, *more]
@@ -29,11 +29,11 @@ def test_training_finds_the_index(run):
     result = index()
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pictures" in result.stdout
-    made = {path: path.stat().st_mtime_ns for path in (folder / "run/index").glob("*.parquet")}
+    made = {path: path.stat().st_mtime_ns for path in (folder / "index").glob("*.parquet")}
     assert len(made) == 2
     trained = train(*arguments)
     assert trained.returncode == 0, trained.stderr[-2000:]
-    assert {path: path.stat().st_mtime_ns for path in (folder / "run/index").glob("*.parquet")} == made
+    assert {path: path.stat().st_mtime_ns for path in (folder / "index").glob("*.parquet")} == made
 
 
 def test_too_many_rejects_end_with_their_places(run):

@@ -85,6 +85,26 @@ def test_resumed_equals_never_stopped(meta, tokenizer, tmp_path, stop):
     assert trainer.global_step == 8
 
 
+def test_a_checkpoint_of_an_exception_loses_no_step(meta, tokenizer, tmp_path):
+    """The third step fails before its optimizer step: two steps are in the weights, and the position is behind two."""
+
+    class Fail(Callback):
+        def on_before_optimizer_step(self, trainer, *_):
+            if trainer.global_step == 2:
+                raise RuntimeError("out of memory")
+
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", save_on_exception=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(meta, tokenizer, tmp_path, steps=4, callbacks=[keep, Fail()])
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] == 2
+    assert state["DynamicPackingDataModule"]["plan"]["step"] == 2
+    rest, _, _ = fit(meta, tokenizer, tmp_path / "rest", steps=4, ckpt_path=path)
+    whole, _, _ = fit(meta, tokenizer, tmp_path / "whole", steps=4)
+    assert rest.losses == whole.losses[2:]
+
+
 def test_validating_before_training(tokenizer, tmp_path):
     """The same module and data in another order; a dataset's name may hold a point; a score per dataset."""
     meta = tiny.write_tiny_data(tmp_path / "data")
