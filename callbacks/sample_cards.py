@@ -10,14 +10,17 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from ivl_lightning.data.annotations import media_of
-from ivl_lightning.data.datamodule import datamodule_of
-from ivl_lightning.structures import Answer
+from ivl_lightning.data.datamodule import DynamicPackingDataModule, datamodule_of
+from ivl_lightning.structures import Answer, Record
 
 FILE_NAME = "samples.jsonl"
+FRAMES = "frames"
 
 
 class SampleCards(Callback):
     """Writes the first `limit` answers of each validation to `samples.jsonl`, with pictures and question.
+
+    Of a video the frame in the middle is kept beside the file.
 
     Args:
         folder: where the file goes.
@@ -45,7 +48,7 @@ class SampleCards(Callback):
         """Keep answers until there are enough."""
         answers = (outputs or {}).get("answers", [])
         for answer in answers[: self.limit - len(self._cards)]:
-            self._cards.append(_card(answer, trainer))
+            self._cards.append(self._card(answer, trainer))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Append the cards of this validation."""
@@ -56,17 +59,25 @@ class SampleCards(Callback):
             for card in self._cards:
                 file.write(json.dumps(card, ensure_ascii=False) + "\n")
 
+    def _card(self, answer: Answer, trainer: L.Trainer) -> dict[str, Any]:
+        record = answer.record
+        return {
+            "step": trainer.global_step,
+            "dataset": record.dataset,
+            "file": record.file,
+            "line": record.line,
+            "images": self._pictures(record, datamodule_of(trainer)),
+            "question": answer.question,
+            "expected": answer.expected,
+            "generated": answer.generated,
+        }
 
-def _card(answer: Answer, trainer: L.Trainer) -> dict[str, Any]:
-    datamodule = datamodule_of(trainer)
-    record = answer.record
-    return {
-        "step": trainer.global_step,
-        "dataset": record.dataset,
-        "file": record.file,
-        "line": record.line,
-        "images": [datamodule.media_path(record.dataset, path) for path in media_of(record.row).images],
-        "question": answer.question,
-        "expected": answer.expected,
-        "generated": answer.generated,
-    }
+    def _pictures(self, record: Record, datamodule: DynamicPackingDataModule) -> list[str]:
+        media = media_of(record.row)
+        if media.kind != "video":
+            return [datamodule.media_path(record.dataset, path) for path in media.images]
+        frame = self.path.parent / FRAMES / f"{record.digest}.jpg"
+        if not frame.is_file():
+            frame.parent.mkdir(parents=True, exist_ok=True)
+            datamodule.middle_frame(record).save(frame)
+        return [str(frame)]

@@ -10,22 +10,25 @@ from typing import Any
 
 import lightning as L
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data.annotations import media_of
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
 from ivl_lightning.data.encoding import EncoderFactory, encoder_factory
 from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
+from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import get_template
-from ivl_lightning.structures import PackedBatch, PromptBatch, Reject, RowKey
+from ivl_lightning.structures import PackedBatch, PromptBatch, Record, Reject, RowKey
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -347,9 +350,22 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def media_path(self, dataset: str, path: str) -> str:
         """Where a validation row's picture lies, for cards and reports."""
+        return self._val_reader(dataset).resolve(path)
+
+    def middle_frame(self, record: Record) -> Image:
+        """The frame in the middle of a validation row's video, for cards and reports.
+
+        Raises:
+            MediaError: the video cannot be read.
+        """
+        media, reader = media_of(record.row), self._val_reader(record.dataset)
+        assert media.video is not None
+        header = reader.video_header(media.video, media.clip)
+        return reader.load_frames(media.video, [header.frames // 2], media.clip)[0]
+
+    def _val_reader(self, dataset: str) -> MediaReader:
         assert self.val_corpus is not None
-        encoder = next(encoder for encoder in self.val_corpus.encoders if encoder.spec.name == dataset)
-        return encoder.reader.resolve(path)
+        return next(encoder.reader for encoder in self.val_corpus.encoders if encoder.spec.name == dataset)
 
     @property
     def stop_ids(self) -> list[int]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ivl_lightning.callbacks.sample_cards import SampleCards
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.structures import RowError
@@ -164,3 +165,15 @@ def test_frames_stay_below_the_root(meta):
     reader = MediaReader(str(meta.parent / "folder"))
     with pytest.raises(ValueError, match="leads outside"):
         reader.video_header("../long.gif")
+
+
+def test_cards_show_the_frame_in_the_middle(meta, tmp_path):
+    """Frame 6 of 12 has gray 65; the clip of frames 2 to 5 shows its frame 2, which is frame 4: gray 45."""
+    data = module(meta, val_rows=2)
+    cards = SampleCards(str(tmp_path / "cards"))
+    grays = {"long.gif": {65, 45}, "short.gif": {15}, "folder": {25}}
+    for row in range(len(data.val_corpus)):
+        _, record = data.val_corpus.locate(row)
+        (path,) = cards._pictures(record, data)
+        with Image.open(path) as picture:
+            assert round(np.asarray(picture).mean()) in grays[record.row["video"]]
