@@ -25,6 +25,7 @@ from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
+from ivl_lightning.data.ranks import check_agreement, gathered
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import get_template
@@ -100,9 +101,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             self._set_up(stage)
         except ValueError as error:
             problem = error
-        self._check_ranks(problem)
-        if problem is not None:
-            raise problem
+        check_agreement(problem, (self.train_corpus, self.val_corpus), self._world_size)
 
     def _set_up(self, stage: str) -> None:
         if self.train_corpus is None:
@@ -117,27 +116,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
                 self.config, seed=self.seed, reduction=self.reduction, cost=self.cost, epochs=self._epochs
             )
             self._stream = TrainingStream(self.train_corpus, self.config, settings)
-
-    def _check_ranks(self, problem: ValueError | None) -> None:
-        """Every rank plans by itself, so all must see the same rows, and all must stop where one has to.
-
-        Raises:
-            ValueError: another rank cannot go on, or sees other rows than the first one.
-        """
-        if self._world_size == 1:
-            return
-        corpora = [corpus for corpus in (self.train_corpus, self.val_corpus) if corpus is not None]
-        rows = [(index.name, len(index), index.fingerprint) for corpus in corpora for index in corpus.indexes]
-        seen: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(seen, (None if problem is None else str(problem), rows))
-        for rank, (message, other) in enumerate(seen):
-            if message is not None and problem is None:
-                raise ValueError(f"rank {rank} cannot go on: {message}")
-            if message is None and problem is None and other != seen[0][1]:
-                raise ValueError(
-                    f"the ranks see different rows, so their plans would differ: rank 0: {seen[0][1]}, rank {rank}: "
-                    f"{other}. Give all nodes the same files, and data.cache_dir a folder that all of them share"
-                )
 
     def _measure(self) -> None:
         """Read the rows, list those that cannot be used, hold back those of validation."""
@@ -314,15 +292,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         """Position of the plan, what the rest of the epoch depends on, and rows that broke: a few kB."""
         if self._stream is None:
             return {}
-        return {**self.stream.state_dict(), "left_out": sorted(map(list, self._left_out_anywhere()))}
-
-    def _left_out_anywhere(self) -> set[RowKey]:
-        own = self.ledger.left_out
-        if self._world_size == 1:
-            return set(own)
-        gathered: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(gathered, own)
-        return set().union(*gathered)
+        left_out = set().union(*gathered(self.ledger.left_out, self._world_size))
+        return {**self.stream.state_dict(), "left_out": sorted(map(list, left_out))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position. Without a plan, as in validation, there is nothing to continue.
