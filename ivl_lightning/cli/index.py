@@ -22,11 +22,15 @@ def main() -> None:
 def _main(composed: DictConfig) -> None:
     try:
         configs = stage_configs(composed)
-        # Imported late: --help and wrong settings need no torch.
-        from ivl_lightning.launch.measure import measure_stages
-
-        within_limit = measure_stages(configs)
     except ValueError as error:
+        sys.exit(f"error: {error}")
+    # Imported late: --help and wrong settings need no torch.
+    from ivl_lightning.data.storage import MachineError
+    from ivl_lightning.launch.measure import measure_stages
+
+    try:
+        within_limit = measure_stages(configs)
+    except (ValueError, MachineError) as error:
         sys.exit(f"error: {error}")
     if not within_limit:
         sys.exit(OVER_LIMIT)

@@ -14,6 +14,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     from transformers.utils.logging import disable_progress_bar
 
+    from ivl_lightning.data.storage import MachineError
     from ivl_lightning.launch.run_stage import run_stage
 
     _quiet()
@@ -21,7 +22,7 @@ def main() -> None:
         disable_progress_bar()
     try:
         run_stage(folder)
-    except ValueError as error:
+    except (ValueError, MachineError) as error:
         (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
         sys.exit(f"error: {error}\n(the traceback is in {folder / ERROR_NAME})")
 

@@ -308,10 +308,20 @@ def media_of(row: dict[str, object]) -> RowMedia:
 def _clip(value: object) -> tuple[float, float] | None:
     if value in (None, []):
         return None
-    numbers = [entry for entry in value if isinstance(entry, int | float)] if isinstance(value, list) else []
-    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+    numbers = [_clip_end(entry) for entry in value] if isinstance(value, list) else []
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1] < math.inf:
         raise RowError("media_invalid", f"'clip' is {json.dumps(value)[:100]}; write [start, end] in seconds")
-    return float(numbers[0]), float(numbers[1])
+    return numbers[0], numbers[1]
+
+
+def _clip_end(value: object) -> float:
+    """Seconds; not a number for anything else, infinity for what is too large."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _images(value: object) -> RowMedia:

@@ -220,9 +220,12 @@ class RowEncoder:
             sampling = "middle"
         rng = rng or np.random.default_rng(0)
         indices = frame_indices(header.frames, count, rate=header.rate, sampling=sampling, rng=rng)
-        frames = self.reader.load_frames(media.video, indices, media.clip)
         tiling = self.settings.tiling(1)
-        return torch.cat([cut_tiles(frame, **tiling, resize=self.settings.resize) for frame in frames])
+        # Cut while they are decoded: frames of a large video at full size would fill the memory.
+        tiles = self.reader.load_frames(
+            media.video, indices, media.clip, then=lambda frame: cut_tiles(frame, **tiling, resize=self.settings.resize)
+        )
+        return torch.cat(tiles)
 
     def _tokenize(self, record: Record, num_images: int, tokenize: Tokenize = tokenize_row) -> TokenizedRow:
         return tokenize(

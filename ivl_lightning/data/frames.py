@@ -1,27 +1,40 @@
 """Frames of a video file by number, exactly those and no more decoding than they need.
 
-FFmpeg, through PyAV, reads MP4, AVI and Matroska; Pillow reads GIF and WebP. A first pass over the packets tells
-when each frame is shown; a second one decodes, from the key frame before each wanted frame up to that frame.
+FFmpeg, through PyAV, reads MP4, AVI and Matroska; Pillow reads GIF and WebP. The tables of an MP4, or a
+first pass over the packets, tell when each frame is shown; then packets are decoded from the key frame before each
+wanted frame up to that frame.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from itertools import chain
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from ivl_lightning.data.animation import frame_delays, load_animation
-from ivl_lightning.data.containers import container_of
+from ivl_lightning.data.containers import container_of, mp4_sample_times
 from ivl_lightning.data.locations import MediaError, shown
-from ivl_lightning.data.storage import MissingPackageError
-from ivl_lightning.data.timeline import Timeline, needed_places, read_timeline, stretches
+from ivl_lightning.data.storage import MissingPackageError, file_identity, machine_fault
+from ivl_lightning.data.timeline import (
+    Timeline,
+    can_hide_frames,
+    indexed_timeline,
+    mark_of,
+    needed_places,
+    read_timeline,
+    stretches,
+)
 from ivl_lightning.data.video import VideoHeader, clip_header, frame_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from av.container import InputContainer
     from av.packet import Packet
@@ -34,7 +47,25 @@ if TYPE_CHECKING:
 _PROBED = 4
 """How many times the pixel limit FFmpeg may look at on opening."""
 
+_NEAR = 4
+"""Packets that are rather read over than jumped over."""
+
+_KEPT_TIMELINES = 2
+"""Timelines that are kept: many rows can be clips of one video. That of an hour takes about 20 MB."""
+
+_timelines: dict[tuple[int, ...], Timeline] = {}
+
+T = TypeVar("T")
+
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+class CallerError(Exception):
+    """What the caller's own function raised: no fault of the file, so it is not told as one."""
+
+    def __init__(self, own: Exception) -> None:
+        super().__init__(str(own))
+        self.own = own
 
 
 def read_video_header(file: BinaryIO, path: str, clip: Clip | None, max_pixels: int) -> VideoHeader:
@@ -63,30 +94,39 @@ def read_video_header(file: BinaryIO, path: str, clip: Clip | None, max_pixels: 
         frames = _indexed_frames(stream) if clip is None else None
         if frames:
             return _indexed_header(container, stream, frames)
-        timeline = read_timeline(container, stream)
+        timeline = _timeline(file, container, stream)
         size = stream.width, stream.height
         return clip_header(size, timeline.times, timeline.end, _rate(stream), clip, path)
 
 
 def read_frames(
-    file: BinaryIO, path: str, indices: Sequence[int], clip: Clip | None, max_pixels: int
-) -> list[Image.Image]:
+    file: BinaryIO,
+    path: str,
+    indices: Sequence[int],
+    clip: Clip | None,
+    max_pixels: int,
+    then: Callable[[Image.Image], T],
+) -> list[T]:
     """Decode frames by their number in the order they are shown.
 
     Args:
-        file: seekable; containers read by FFmpeg are gone through twice.
+        file: seekable; FFmpeg reads an MP4 with a whole index where frames are wanted, and goes through others twice.
         path: as written in the row, for messages.
         indices: frame numbers inside of the clip; any order, repeats allowed.
         clip: start and end in seconds, or None for the whole video.
         max_pixels: frames with more are refused.
+        then: what to keep of a frame, an RGB image. Called in the order of decoding, as a rule once for each frame:
+            where a file must be decoded in a second way, for all frames again. What it raises comes out in a
+            `CallerError`.
 
     Returns:
-        RGB images, one for each index; a repeated index gives the same object.
+        What `then` gave, one for each index; a repeated index gives the same object.
 
     Raises:
         MediaError: as `read_video_header`, and `video_frame_missing` for an index beyond the last frame.
         ValueError: PyAV is not installed.
     """
+    then = _guarded(then)
     kind = container_of(file, path)
     if kind == "gif" or kind == "webp":
         times = _starts(frame_delays(file, kind, path))
@@ -94,20 +134,95 @@ def read_frames(
         with _reported(path):
             with Image.open(file, formats=[kind.upper()]) as image:
                 _checked_size(*image.size, max_pixels, path)
-            found = load_animation(file, kind, numbers)
+            found = load_animation(file, kind, numbers, path, then)
         return [found[number] for number in numbers]
+    for by_tables in (True, False):
+        video = _surveyed(file, kind, path, max_pixels, by_tables=by_tables)
+        if video is not None:
+            numbers = frame_numbers(video.timeline.times, indices, clip, path)
+            found = (_jumped if by_tables else _decoded)(video, frozenset(numbers), then)
+            if found.keys() >= set(numbers):
+                break
+    return [found[number] for number in numbers]
+
+
+def _surveyed(file: BinaryIO, kind: Container, path: str, max_pixels: int, *, by_tables: bool) -> _Video | None:
+    """What the first pass tells; `by_tables` for what an MP4's index tells in its place, None where it does not."""
     with _opened(file, kind, path, max_pixels) as (container, stream):
-        timeline = read_timeline(container, stream)
         announced = _indexed_frames(stream)
+        has_index = kind == "mp4" and announced is not None
+        size = stream.width, stream.height
+        if by_tables:
+            timeline = _table_timeline(file, container, stream) if has_index else None
+        else:
+            timeline = _timeline(file, container, stream)
+    if timeline is None:
+        return None
     if announced not in (None, len(timeline.times)):
         raise MediaError(
             "video_truncated",
             f"{shown(path)} announces {announced} frames and holds {len(timeline.times)}; fetch the file again or "
             "remove the row",
         )
-    numbers = frame_numbers(timeline.times, indices, clip, path)
-    found = _decoded(file, kind, path, max_pixels, timeline, frozenset(numbers))
-    return [found[number] for number in numbers]
+    return _Video(file, kind, path, max_pixels, timeline, has_index, size)
+
+
+def _table_timeline(file: BinaryIO, container: InputContainer, stream: VideoStream) -> Timeline | None:
+    # One that was read is better.
+    if file_identity(file) in _timelines:
+        return None
+    place = file.tell()
+    tables = mp4_sample_times(file, stream.id, stream.frames)
+    size = file.seek(0, os.SEEK_END)
+    # FFmpeg reads on from where it was.
+    file.seek(place)
+    return None if tables is None else indexed_timeline(container, stream, *tables, size)
+
+
+def _guarded(then: Callable[[Image.Image], T]) -> Callable[[Image.Image], T]:
+    def guarded(image: Image.Image) -> T:
+        try:
+            return then(image)
+        except Exception as error:
+            raise CallerError(error) from error
+
+    return guarded
+
+
+@dataclass(frozen=True)
+class _Video:
+    """A file that FFmpeg reads, and what its first pass told. The size is that of its frames before turning."""
+
+    file: BinaryIO
+    kind: Container
+    path: str
+    max_pixels: int
+    timeline: Timeline
+    has_index: bool
+    size: tuple[int, int]
+
+    def opened(self) -> AbstractContextManager[tuple[InputContainer, VideoStream]]:
+        return _opened(self.file, self.kind, self.path, self.max_pixels)
+
+    def image(self, frame: VideoFrame) -> Image.Image:
+        if (frame.width, frame.height) != self.size:
+            raise MediaError(
+                "video_undecodable",
+                f"{shown(self.path)} has frames of {self.size[0]} x {self.size[1]} and of {frame.width} x "
+                f"{frame.height} pixels; convert it to one size or remove the row",
+            )
+        return _upright(frame)
+
+
+def _timeline(file: BinaryIO, container: InputContainer, stream: VideoStream) -> Timeline:
+    identity = file_identity(file)
+    known = _timelines.pop(identity, None) if identity else None
+    timeline = known or read_timeline(container, stream)
+    if identity:
+        _timelines[identity] = timeline
+        while len(_timelines) > _KEPT_TIMELINES:
+            _timelines.pop(next(iter(_timelines)))
+    return timeline
 
 
 def _starts(delays: np.ndarray) -> np.ndarray:
@@ -145,10 +260,12 @@ def _pyav() -> Any:
 def _reported(path: str) -> Iterator[None]:
     try:
         yield
-    except (MediaError, MissingPackageError):
+    except (MediaError, MissingPackageError, CallerError):
         raise
     # Broad on purpose, as for images: decoders raise what they like, and one bad file must not end a run of days.
     except Exception as error:
+        if fault := machine_fault(error, path):
+            raise fault from error
         raise MediaError(
             "video_undecodable",
             f"{shown(path)}: the video cannot be decoded; convert it or remove the row ({type(error).__name__}: "
@@ -210,84 +327,148 @@ def _indexed_header(container: InputContainer, stream: VideoStream, frames: int)
     return VideoHeader(stream.width, stream.height, frames, rate or frames / duration, duration)
 
 
-def _decoded(
-    file: BinaryIO, kind: Container, path: str, max_pixels: int, timeline: Timeline, numbers: frozenset[int]
-) -> dict[int, Image.Image]:
-    found: dict[int, Image.Image] = {}
-    if timeline.order is not None:
-        with _opened(file, kind, path, max_pixels) as (container, stream):
-            plan = stretches(timeline.marks, timeline.order, numbers)
-            found = _by_stamp(container, stream, timeline.marks, plan)
-    if len(found) == len(numbers):
-        return found
-    with _opened(file, kind, path, max_pixels) as (container, stream):
-        return _by_count(container, stream, timeline, numbers, path)
+def _decoded(video: _Video, numbers: frozenset[int], then: Callable[[Image.Image], T]) -> dict[int, T]:
+    if video.timeline.order is not None:
+        found = _jumped(video, numbers, then) if video.has_index else {}
+        if len(found) == len(numbers):
+            return found
+        with video.opened() as (container, stream):
+            found = _by_stamp(_Packets(container, stream, video.timeline.marks, jumps=False), video, numbers, then)
+        if len(found) == len(numbers):
+            return found
+    with video.opened() as (container, stream):
+        return _by_count(container, stream, video, numbers, then)
+
+
+def _jumped(video: _Video, numbers: frozenset[int], then: Callable[[Image.Image], T]) -> dict[int, T]:
+    """Frames that are found by the container's index, as long as every packet is as the timeline has it."""
+    with video.opened() as (container, stream):
+        return _by_stamp(_Packets(container, stream, video.timeline.marks, jumps=True), video, numbers, then)
+
+
+class _Packets:
+    """Packets of a stream and their places in the order of decoding, read on from a key frame to another.
+
+    Args:
+        container: just opened.
+        stream: of this container.
+        marks: of all its packets.
+        jumps: whether to seek by the container's index rather than to read what lies between.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream, marks: list[Mark], jumps: bool) -> None:
+        self.container = container
+        self.stream = stream
+        self.marks = marks
+        self.hides_frames = can_hide_frames(stream)
+        places = {mark: place for place, mark in enumerate(marks)} if jumps else {}
+        # Where two packets look the same it would not be known where a jump led.
+        self.places = places if len(places) == len(marks) else {}
+        self.next_place = 0
+        self.packets = self._demuxed()
+
+    def read(self, first: int, last: int) -> Iterator[tuple[int, Packet[VideoStream]]]:
+        """Packets from `first` or before to `last`; fewer where the file is not as it was in the first pass."""
+        self._approach(first)
+        while self.next_place <= last:
+            packet = next(self.packets, None)
+            if packet is None or mark_of(packet, self.hides_frames) != self.marks[self.next_place]:
+                return
+            self.next_place += 1
+            yield self.next_place - 1, packet
+
+    def _demuxed(self) -> Iterator[Packet[VideoStream]]:
+        return (packet for packet in self.container.demux(self.stream) if packet.size)
+
+    def _approach(self, first: int) -> None:
+        if not self.places or first - self.next_place <= _NEAR:
+            return
+        # FFmpeg looks for the time of decoding, but goes a key frame back where its time of showing is later. So the
+        # one leads there or, with key frames close together, beyond, and the other there or before.
+        for stamp in (self.marks[first].pts, self.marks[first].dts):
+            if stamp is not None and self._jump(stamp, first):
+                return
+        # Somewhere else: nothing is read, and the caller goes another way.
+        self.packets = iter(())
+
+    def _jump(self, stamp: int, first: int) -> bool:
+        self.container.seek(stamp, stream=self.stream)
+        packets = self._demuxed()
+        head = next(packets, None)
+        place = None if head is None else self.places.get(mark_of(head, self.hides_frames))
+        if head is None or place is None or place > first:
+            return False
+        self.next_place, self.packets = place, chain([head], packets)
+        return True
 
 
 def _by_stamp(
-    container: InputContainer, stream: VideoStream, marks: list[Mark], plan: Iterable[Stretch]
-) -> dict[int, Image.Image]:
+    packets: _Packets, video: _Video, numbers: frozenset[int], then: Callable[[Image.Image], T]
+) -> dict[int, T]:
     """Decode each stretch and pick frames by their time stamps; stop at the first stretch that is not whole."""
-    found: dict[int, Image.Image] = {}
-    packets = enumerate(packet for packet in container.demux(stream) if packet.size)
-    for stretch in plan:
+    found: dict[int, T] = {}
+    marks, order = video.timeline.marks, video.timeline.order
+    assert order is not None
+    for stretch in stretches(marks, order, numbers):
         needed = needed_places(marks, stretch)
-        images, stamps = {}, []
-        for frame in _stretch_frames(stream, stretch.last, needed, packets):
+        kept, stamps = {}, []
+        for frame in _stretch_frames(packets, stretch, needed):
             # Damage spreads to the frames that build on it.
             if frame.is_corrupt or frame.pts is None:
                 return found
             stamps.append(frame.pts)
             if frame.pts in stretch.wanted:
-                images[stretch.wanted[frame.pts]] = _image(frame)
+                kept[stretch.wanted[frame.pts]] = then(video.image(frame))
         # A frame that is missing would be missing in those that build on it, and stamps out of order are wrong ones.
         if len(stamps) != sum(marks[place].is_shown for place in needed) or stamps != sorted(stamps):
             return found
-        found |= images
+        found |= kept
     return found
 
 
-def _stretch_frames(
-    stream: VideoStream, last: int, needed: frozenset[int], packets: Iterator[tuple[int, Packet[VideoStream]]]
-) -> Iterator[VideoFrame]:
-    """Frames of one stretch; `packets` is left behind its last packet."""
-    stream.codec_context.flush_buffers()
-    for place, packet in packets:
+def _stretch_frames(packets: _Packets, stretch: Stretch, needed: Collection[int]) -> Iterator[VideoFrame]:
+    decoder = packets.stream.codec_context
+    decoder.flush_buffers()
+    for place, packet in packets.read(stretch.first, stretch.last):
         if place in needed:
-            yield from stream.codec_context.decode(packet)
-        if place >= last:
-            break
-    yield from stream.codec_context.decode(None)
+            yield from decoder.decode(packet)
+    yield from decoder.decode(None)
 
 
 def _by_count(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, numbers: frozenset[int], path: str
-) -> dict[int, Image.Image]:
+    container: InputContainer,
+    stream: VideoStream,
+    video: _Video,
+    numbers: frozenset[int],
+    then: Callable[[Image.Image], T],
+) -> dict[int, T]:
     """Decode from the start and count frames as they come, which is the order they are shown in.
 
     All are decoded, because only then is it sure that none is missing before a wanted one.
     """
-    found: dict[int, Image.Image] = {}
+    found: dict[int, T] = {}
+    total = len(video.timeline.times)
     count = 0
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise MediaError(
                 "video_undecodable",
-                f"{shown(path)} is damaged at its frame {count} or just before; fetch the file again or remove the row",
+                f"{shown(video.path)} is damaged at its frame {count} or just before; fetch the file again or remove "
+                "the row",
             )
         if count in numbers:
-            found[count] = _image(frame)
+            found[count] = then(video.image(frame))
         count += 1
-    if count == len(timeline.times):
+    if count == total:
         return found
     raise MediaError(
         "video_undecodable",
-        f"{shown(path)} has {len(timeline.times)} frames, of which {count} can be decoded; fetch the file again, "
-        "convert it or remove the row",
+        f"{shown(video.path)} has {total} frames, of which {count} can be decoded; fetch the file again, convert it "
+        "or remove the row",
     )
 
 
-def _image(frame: VideoFrame) -> Image.Image:
+def _upright(frame: VideoFrame) -> Image.Image:
     image = frame.to_image()
     turn = _TURNS.get(frame.rotation % 360)
     return image if turn is None else image.transpose(turn)

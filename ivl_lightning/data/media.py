@@ -7,27 +7,35 @@ import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, cast, overload
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from ivl_lightning.data.frames import read_frames, read_video_header
+from ivl_lightning.data.animation import webp_exif, webp_head
+from ivl_lightning.data.frames import CallerError, read_frames, read_video_header
 from ivl_lightning.data.locations import MediaError, resolve_location, shown, url_scheme
 from ivl_lightning.data.storage import (
     Access,
+    MachineError,
     MissingPackageError,
+    RedirectError,
+    chain_of,
     folder_names,
     is_folder,
+    machine_fault,
     open_for_passes,
     open_location,
 )
 from ivl_lightning.data.video import FOLDER_RATE, VideoHeader, check_clip, clip_header, clip_window, frame_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from ivl_lightning.data.animation import WebpHead
     from ivl_lightning.data.video import Clip
+
+T = TypeVar("T")
 
 __all__ = ["MAX_PIXELS", "ImageHeader", "MediaError", "MediaReader", "VideoHeader"]
 
@@ -60,7 +68,8 @@ class ImageHeader:
     Attributes:
         width: pixels as stored.
         height: pixels as stored.
-        mode: Pillow's mode; one that begins with `I;16` is 16-bit gray.
+        mode: Pillow's mode; one that begins with `I;16` is 16-bit gray, also for a PGM file, whose values Pillow
+            brings to 16 bits in a wider mode.
         orientation: EXIF orientation 1 to 8; 1 where there is none, 0 where the EXIF block is broken.
     """
 
@@ -81,6 +90,7 @@ class MediaReader:
         max_pixels: images with more are refused by header. At most what Pillow itself accepts.
         exif_transpose: turn images upright by EXIF; the original ignores the tag.
         gray16: `clip` makes every 16-bit gray value above 255 white, as the original does; `scale` divides by 257.
+            TIFF files of 32-bit or signed values, whose range is not known, are clipped in any case.
 
     Raises:
         ValueError: settings that cannot hold.
@@ -123,15 +133,20 @@ class MediaReader:
         Raises:
             MediaError: as `resolve`, and `file_missing` or `file_unreadable`.
             ValueError: a package for the URL's scheme is missing.
+            OSError: this machine has run out of memory, disk or open files, here and in all that follow; no row is at
+                fault.
         """
         location = self.resolve(path)
         with _reported(path, otherwise="file_unreadable"):
             handle = open_location(location, access)
         with handle:
-            yield handle
+            yield handle if url_scheme(location) is None else cast(BinaryIO, _RemoteFile(handle, path))
 
     def header(self, path: str) -> ImageHeader:
         """Read an image's header alone.
+
+        Pillow knows a WebP header only from the whole file. A remote one is therefore read here: its first 30 bytes,
+        and its EXIF block if these announce one. Damage behind them shows in `load_image`.
 
         Args:
             path: as written in the row.
@@ -139,8 +154,12 @@ class MediaReader:
         Raises:
             MediaError: as `open`, and `image_empty`, `image_undecodable` or `image_too_large`.
         """
-        with self._image(path, "head") as image:
-            return ImageHeader(*image.size, mode=image.mode, orientation=_orientation(image))
+        with self._checked_file(path, "head") as (file, webp):
+            if webp is not None and isinstance(file, _RemoteFile):
+                orientation = _exif_orientation(webp_exif(file)) if webp.has_exif else _UPRIGHT
+                return ImageHeader(webp.width, webp.height, "RGBA" if webp.has_alpha else "RGB", orientation)
+            image = self._opened_image(file, path)
+            return ImageHeader(*image.size, mode=_mode(image), orientation=_orientation(image))
 
     def image_size(self, path: str) -> tuple[int, int]:
         """Width and height of the image that `load_image` returns, from the header alone.
@@ -170,7 +189,8 @@ class MediaReader:
             ValueError: another library told Pillow to fill truncated images.
         """
         _check_pillow()
-        with self._image(path, "whole") as image:
+        with self._checked_file(path, "whole") as (file, _):
+            image = self._opened_image(file, path)
             orientation = _checked(_orientation(image), path) if self.exif_transpose else _UPRIGHT
             image.load()
             return _upright(_rgb(image, self.gray16), orientation)
@@ -200,31 +220,53 @@ class MediaReader:
         with self._open_for_passes(path) as file:
             return read_video_header(file, path, clip, self.max_pixels)
 
-    def load_frames(self, path: str, indices: Sequence[int], clip: Clip | None = None) -> list[Image.Image]:
+    @overload
+    def load_frames(self, path: str, indices: Sequence[int], clip: Clip | None = None) -> list[Image.Image]: ...
+
+    @overload
+    def load_frames(
+        self, path: str, indices: Sequence[int], clip: Clip | None = None, *, then: Callable[[Image.Image], T]
+    ) -> list[T]: ...
+
+    def load_frames(
+        self,
+        path: str,
+        indices: Sequence[int],
+        clip: Clip | None = None,
+        *,
+        then: Callable[[Image.Image], Any] = lambda image: image,
+    ) -> list[Any]:
         """Decode frames of a video.
 
         Args:
             path: as for `video_header`.
             indices: frame numbers in the order of showing, counted from the start of the clip; repeats allowed.
             clip: as for `video_header`.
+            then: what to keep of a frame, an image in mode RGB: called as each is decoded, so that not all of them
+                need be held at full size. The frame itself by default.
 
         Returns:
-            Images in mode RGB, one for each index.
+            What `then` gave, one for each index; where an index repeats, the same object.
 
         Raises:
             MediaError: as `video_header`; `video_frame_missing` for an index beyond the end; for a folder also as
                 `load_image`. A frame that cannot be decoded is never replaced by another.
             ValueError: as `video_header` and `load_image`.
+            Exception: what `then` raises, as it is.
         """
         check_clip(clip, path)
         if self._is_folder(path):
             names = self._frame_names(path)
             numbers = frame_numbers(np.arange(len(names)) / FOLDER_RATE, indices, clip, path)
-            loaded = {number: self.load_image(names[number]) for number in set(numbers)}
+            loaded = {number: then(self.load_image(names[number])) for number in sorted(set(numbers))}
             return [loaded[number] for number in numbers]
         _check_pillow()
-        with self._open_for_passes(path) as file:
-            return read_frames(file, path, indices, clip, self.max_pixels)
+        try:
+            with self._open_for_passes(path) as file:
+                return read_frames(file, path, indices, clip, self.max_pixels, then)
+        except CallerError as error:
+            own = error.own
+        raise own
 
     @contextmanager
     def _open_for_passes(self, path: str) -> Iterator[BinaryIO]:
@@ -241,7 +283,8 @@ class MediaReader:
         """Paths of a folder's frames in the order of the numbers that their names end in. Other files do not count."""
         location = self.resolve(path)
         with _reported(path, otherwise="file_unreadable"):
-            names = [name for name in folder_names(location) if _FRAME_SUFFIX.search(name)]
+            # Names that begin with a point are hidden: macOS lays `._clip_1.jpg` beside `clip_1.jpg`.
+            names = [name for name in folder_names(location) if _FRAME_SUFFIX.search(name) and name[0] != "."]
         numbers = {}
         for name in names:
             number = _FRAME_NUMBER.search(name)
@@ -256,19 +299,45 @@ class MediaReader:
         return [numbers[number] for number in sorted(numbers)]
 
     @contextmanager
-    def _image(self, path: str, access: Access) -> Iterator[Image.Image]:
+    def _checked_file(self, path: str, access: Access) -> Iterator[tuple[BinaryIO, WebpHead | None]]:
+        """A file at its start, and its head if it is a WebP of no more pixels than are allowed."""
         with self.open(path, access=access) as file, _reported(path, otherwise="image_undecodable"):
-            if not file.read(1):
+            head = file.read(30)
+            if not head:
                 raise MediaError("image_empty", f"{shown(path)} has no bytes; fetch the file again or remove the row")
+            webp = webp_head(head)
+            if webp is not None:
+                self._check_size(webp.width, webp.height, path)
             file.seek(0)
-            image = Image.open(file, formats=_formats())
-            if image.width * image.height > self.max_pixels:
-                raise MediaError(
-                    "image_too_large",
-                    f"{shown(path)} announces {image.width} x {image.height} = {image.width * image.height} pixels, "
-                    f"more than data.max_pixels={self.max_pixels}; shrink the image or raise the limit",
-                )
-            yield image
+            yield file, webp
+
+    def _opened_image(self, file: BinaryIO, path: str) -> Image.Image:
+        image = Image.open(file, formats=_formats())
+        self._check_size(*image.size, path)
+        return image
+
+    def _check_size(self, width: int, height: int, path: str) -> None:
+        if width * height > self.max_pixels:
+            raise MediaError(
+                "image_too_large",
+                f"{shown(path)} announces {width} x {height} = {width * height} pixels, more than "
+                f"data.max_pixels={self.max_pixels}; shrink the image or raise the limit",
+            )
+
+
+class _RemoteFile:
+    """A file behind fsspec. What fails in reading it is told from what fails in decoding it, by the same reasons."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file = file
+        self._path = path
+
+    def read(self, size: int = -1) -> bytes:
+        with _reported(self._path, otherwise="file_unreadable"):
+            return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _check_schemes(root: str, allowed_schemes: tuple[str, ...]) -> None:
@@ -318,17 +387,22 @@ def _formats() -> tuple[str, ...]:
 def _reported(path: str, otherwise: str) -> Iterator[None]:
     try:
         yield
-    except (MediaError, MissingPackageError):
+    except (MediaError, MissingPackageError, MachineError, CallerError):
         raise
     # Broad on purpose: decoders and network clients raise what their C libraries do (SyntaxError, struct.error,
     # client classes of each store), and one bad file must not end a run of days. It is reported, never dropped.
     except Exception as error:
-        reason = _reason(error, otherwise)
-        raise MediaError(reason, f"{shown(path)}: {_ADVICE[reason]} ({type(error).__name__}: {error})") from error
+        if fault := machine_fault(error, path):
+            raise fault from error
+        # fsspec calls a file missing that it was led away from.
+        told = next((link for link in chain_of(error) if isinstance(link, RedirectError)), error)
+        reason = _reason(told, otherwise)
+        raise MediaError(reason, f"{shown(path)}: {_ADVICE[reason]} ({type(told).__name__}: {told})") from error
 
 
 _ADVICE = {
     "file_missing": "no such file; check the path and the dataset's root",
+    "path_escape": "the server names another address, which may lie outside of the dataset's root; write that address",
     "file_unreadable": "the file cannot be opened; check its kind and permissions, or the connection",
     "image_too_large": "Pillow takes its size for a decompression bomb; shrink the image",
     "image_truncated": "the image ends too early; fetch the file again or remove the row",
@@ -336,7 +410,9 @@ _ADVICE = {
 }
 
 
-def _reason(error: Exception, otherwise: str) -> str:
+def _reason(error: BaseException, otherwise: str) -> str:
+    if isinstance(error, RedirectError):
+        return "path_escape"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "file_missing"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
@@ -355,7 +431,10 @@ def _reason(error: Exception, otherwise: str) -> str:
 def _orientation(image: Image.Image) -> int:
     # Not `image.getexif()`: for a PNG it decodes the whole image to look for a block behind the pixels. TIFF needs
     # nothing: Pillow turns it upright itself.
-    block = image.info.get("exif")
+    return _exif_orientation(image.info.get("exif"))
+
+
+def _exif_orientation(block: bytes | None) -> int:
     if not block:
         return _UPRIGHT
     exif = Image.Exif()
@@ -377,8 +456,13 @@ def _checked(orientation: int, path: str) -> int:
     return orientation
 
 
+def _mode(image: Image.Image) -> str:
+    # Pillow scales a PGM file of more than 8 bits to 0 to 65535, whatever its own highest value, and calls it "I".
+    return "I;16" if image.format == "PPM" and image.mode == "I" else image.mode
+
+
 def _rgb(image: Image.Image, gray16: str) -> Image.Image:
-    if gray16 == "scale" and image.mode.startswith("I;16"):
+    if gray16 == "scale" and _mode(image).startswith("I;16"):
         levels = np.asarray(image).astype(np.float32)
         image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -66,9 +66,46 @@ def read_timeline(container: InputContainer, stream: VideoStream) -> Timeline:
         container: at its start.
         stream: of this container.
     """
-    hides_frames = stream.codec_context.name in ("vp8", "libvpx")
+    hides_frames = can_hide_frames(stream)
     # The packet of size 0 behind the last one is PyAV's, to drain the decoder.
     marks = [mark_of(packet, hides_frames) for packet in container.demux(stream) if packet.size]
+    return _timeline_of(marks, container, stream)
+
+
+def indexed_timeline(
+    container: InputContainer, stream: VideoStream, lasting: np.ndarray, delays: np.ndarray, size: int
+) -> Timeline | None:
+    """The timeline by an MP4 file's tables, of whose packets the first alone is read.
+
+    FFmpeg has the time of decoding of each packet; when it is shown is taken from the file's own table, which FFmpeg
+    reads too. To be safe whoever decodes compares each packet with its mark.
+
+    Args:
+        container: at its start.
+        stream: of this container, with an index of all frames.
+        lasting: how long each sample lasts, `[samples]`.
+        delays: how much later than decoded each sample is shown, but for a constant, `[samples]`.
+        size: bytes of the file.
+
+    Returns:
+        None where the tables do not fit together.
+    """
+    entries = list(stream.index_entries)
+    stamps = np.array([entry.timestamp for entry in entries], dtype=np.int64)
+    is_whole = all(entry.size > 0 and not entry.is_discard and entry.pos + entry.size <= size for entry in entries)
+    if not is_whole or can_hide_frames(stream) or not np.array_equal(np.diff(stamps), lasting[:-1]):
+        return None
+    first = next((packet for packet in container.demux(stream) if packet.size), None)
+    if first is None or first.pts is None or first.dts is None or first.dts != stamps[0]:
+        return None
+    shown_at = stamps + delays + (first.pts - first.dts - int(delays[0]))
+    columns = zip(shown_at.tolist(), stamps.tolist(), lasting.tolist(), entries, strict=True)
+    marks = [Mark(pts, dts, duration, entry.is_keyframe, True) for pts, dts, duration, entry in columns]
+    timeline = _timeline_of(marks, container, stream)
+    return None if timeline.order is None else timeline
+
+
+def _timeline_of(marks: list[Mark], container: InputContainer, stream: VideoStream) -> Timeline:
     order = None if _reorders_untold(container, stream) else _presentation_order(marks)
     if order is not None:
         ticks = [_tick(marks[place].pts, place) for place in order]
@@ -78,6 +115,11 @@ def read_timeline(container: InputContainer, stream: VideoStream) -> Timeline:
         ticks = sorted(_tick(mark.dts, place) for place, mark in enumerate(marks) if mark.is_shown)
         last = marks[-1].duration if marks else 0
     return Timeline(marks, order, *_seconds(ticks, last, stream))
+
+
+def can_hide_frames(stream: VideoStream) -> bool:
+    """Whether packets of this stream may hold frames that are for reference alone, unsaid by the container."""
+    return stream.codec_context.name in ("vp8", "libvpx")
 
 
 def mark_of(packet: Packet[VideoStream], hides_frames: bool) -> Mark:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ivl_lightning.data import storage
 from ivl_lightning.data.media import MediaError, MediaReader
 
 pytest.importorskip("moto.server")
@@ -179,6 +180,17 @@ def test_video_and_folder_of_frames(reader: MediaReader) -> None:
     assert numbers(reader.load_frames("film.mp4", [0, 4], (0.5, 1.0))) == [5, 9]
     assert reader.video_header("frames").frames == 12
     assert numbers(reader.load_frames("frames", [11, 2, 10])) == [11, 2, 10]
+
+
+def test_listings_do_not_pile_up(reader: MediaReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec keeps each listing for ever: its limits hold for what is asked for alone."""
+    monkeypatch.setattr(storage, "_LISTINGS", 3)
+    client = storage._store("s3")
+    assert client.dircache.listings_expiry_time == 60
+    for number in range(10):
+        client.dircache[f"pictures/other{number}"] = []
+        reader.video_header("frames")
+    assert len(client.dircache) <= 4
 
 
 def test_faults(store: Store, reader: MediaReader) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from io import BytesIO
 from pathlib import Path
@@ -226,7 +227,8 @@ def test_changed_file_is_noticed(folder: Path) -> None:
 
 def test_the_clip_of_a_video() -> None:
     assert media_of({"video": "v", "clip": [1, 2.5]}).clip == (1.0, 2.5)
-    for clip in ([2, 1], [1], "1-2", [None, 3], [-1, 2]):
+    endless = [0, math.inf], [0, math.nan], [math.nan, 1], [0, 10**400]
+    for clip in ([2, 1], [1], "1-2", [None, 3], [-1, 2], [False, True], [0, 1, "2"], *endless):
         with pytest.raises(RowError, match="'clip' is"):
             media_of({"video": "v", "clip": clip})
 

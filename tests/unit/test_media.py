@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
+from ivl_lightning.data import media, storage
 from ivl_lightning.data.media import MediaError, MediaReader
 
 FAULTS = Path(__file__).parents[1] / "fixtures" / "faults"
@@ -139,6 +143,165 @@ def test_folder_pipe_and_overlong_name_do_not_hang(root: Path) -> None:
     reader = MediaReader(str(root))
     assert [reason(reader, path) for path in ("img", ".", "pipe", "x" * 5000)] == ["file_unreadable"] * 4
     assert reason(reader, "img/ok.png/more") == "file_missing"
+
+
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "fs.file-max"),
+        (OSError(errno.ENOSPC, "No space left on device"), "TMPDIR"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
+        (MemoryError(), "memory"),
+    ],
+)
+def test_faults_of_the_machine_are_no_faults_of_rows(
+    root: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, advice: str
+) -> None:
+    """Not in opening, not in decoding, and not when a client has wrapped them: the run ends with advice."""
+    (root / "film.gif").write_bytes(encoded(picture(), "GIF"))
+
+    def plain(*_: object, **__: object) -> None:
+        raise fault
+
+    def wrapped(*_: object, **__: object) -> None:
+        raise RuntimeError("a client's own error") from fault
+
+    for raised in (plain, wrapped):
+        for module, name in ((media, "open_location"), (Image, "open")):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, raised)
+                with pytest.raises(OSError, match=f"is not at fault.*{advice}"):
+                    MediaReader(str(root)).load_image("img/ok.png")
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", raised)
+            with pytest.raises(OSError, match=f"is not at fault.*{advice}"):
+                MediaReader(str(root)).load_frames("film.gif", [0])
+
+
+def test_faults_of_the_connection_are_told_from_those_of_the_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients raise errors of their own, which look like a decoder's; those are tried again by `data.retries`."""
+
+    class ClientError(Exception):
+        pass
+
+    reader = MediaReader(bucket, allowed_schemes=("memory",))
+    store = fsspec.filesystem("memory")
+    store.pipe("/bucket/data/film.gif", encoded(picture(), "GIF"))
+    read = type(store.open("/bucket/data/ok.png")).read
+
+    def broken(self: Any, *arguments: int) -> bytes:
+        if self.tell() > 0:
+            raise ClientError("Connection reset by peer")
+        return bytes(read(self, *arguments))
+
+    monkeypatch.setattr(type(store.open("/bucket/data/ok.png")), "read", broken)
+    assert reason(reader, "ok.png") == "file_unreadable"
+    with pytest.raises(MediaError, match="Connection reset") as caught:
+        reader.video_header("film.gif")
+    assert caught.value.reason == "file_unreadable"
+
+
+def test_schemes_nobody_knows_end_the_run(root: Path) -> None:
+    with pytest.raises(ValueError, match="'s4', which fsspec does not know") as caught:
+        MediaReader(str(root), allowed_schemes=("s4",)).load_image("s4://bucket/x.png")
+    assert not isinstance(caught.value, MediaError)
+
+
+@contextmanager
+def web_server(answer: Callable[[str], tuple[int, str, bytes]]) -> Iterator[str]:
+    """Serves GET and HEAD; `answer` gives status, address to go on to, and content."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, location, content = answer(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            if location:
+                self.send_header("Location", location)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/root"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_web_servers_cannot_lead_out_of_root() -> None:
+    pytest.importorskip("aiohttp")
+    content = encoded(picture(), "PNG")
+
+    def answer(path: str) -> tuple[int, str, bytes]:
+        if path == "/root/ok.png":
+            return 200, "", content
+        return (404, "", b"") if path == "/root/none.png" else (302, "/root/ok.png", b"over there")
+
+    with web_server(answer) as root:
+        reader = MediaReader(root, allowed_schemes=("http",))
+        assert reader.load_image("ok.png").size == (20, 10)
+        assert reason(reader, "none.png") == "file_missing"
+        with pytest.raises(MediaError, match=r"/root/a\.png leads on to /root/ok\.png") as caught:
+            reader.load_image("a.png")
+        assert caught.value.reason == "path_escape"
+        with pytest.raises(MediaError) as caught:
+            reader.load_frames("a.gif", [0])
+        assert caught.value.reason == "path_escape"
+
+
+def test_own_settings_for_web_servers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a password, which fsspec would replace by the settings that are given in the program."""
+    monkeypatch.setitem(fsspec.config.conf, "https", {"client_kwargs": {"trust_env": True}})
+    assert storage._options("https")["client_kwargs"]["trust_env"] is True
+
+
+@pytest.mark.parametrize("kind", ["lossy", "lossless", "alpha", "exif", "animated"])
+def test_remote_webp_headers_cost_few_bytes(bucket: str, kind: str) -> None:
+    """Pillow fetches the file whole; what is read here of its first bytes, and of EXIF behind, equals what it says."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 401, 3), dtype=np.uint8))
+    options: dict[str, dict[str, Any]] = {
+        "lossless": {"lossless": True},
+        "exif": {"exif": with_orientation(6)},
+        "animated": {"save_all": True, "append_images": [noise.rotate(180)]},
+    }
+    buffer = BytesIO()
+    (noise.convert("RGBA") if kind == "alpha" else noise).save(buffer, "WEBP", **options.get(kind, {}))
+    with Image.open(buffer) as image:
+        expected = (*image.size, image.mode)
+    store = fsspec.filesystem("memory")
+    store.pipe("/bucket/data/a.webp", buffer.getvalue())
+    reader = MediaReader(bucket, allowed_schemes=("memory",), exif_transpose=True)
+    fetched: list[int] = []
+    file_type = type(store.open("/bucket/data/ok.png"))
+    read = file_type.read
+
+    def counted(self: Any, *arguments: int) -> bytes:
+        data = bytes(read(self, *arguments))
+        fetched.append(len(data))
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_type, "read", counted)
+        header = reader.header("a.webp")
+    assert (header.width, header.height, header.mode) == expected
+    assert header.orientation == (6 if kind == "exif" else 1)
+    assert sum(fetched) < 200
+    assert reader.image_size("a.webp") == reader.load_image("a.webp").size
+    with pytest.raises(MediaError) as caught:
+        MediaReader(bucket, allowed_schemes=("memory",), max_pixels=401 * 300 - 1).header("a.webp")
+    assert caught.value.reason == "image_too_large"
 
 
 @pytest.mark.parametrize("path", ["", "a\0b", "\ud800.png"])
@@ -280,6 +443,19 @@ def test_gray16_clips_as_the_original_or_scales(root: Path) -> None:
     }
     assert levels == {"clip": [0, 200, 255, 255], "scale": [0, 1, 1, 255]}
     assert MediaReader(str(root)).header("deep.png").mode.startswith("I;16")
+
+
+@pytest.mark.parametrize("highest", [65535, 1000])
+def test_gray16_of_pgm(root: Path, highest: int) -> None:
+    """Pillow brings the values to 65535 in a wider mode; of 32-bit TIFF files the range is not known."""
+    (root / "a.pgm").write_bytes(b"P5\n3 1\n%d\n" % highest + np.array([0, highest // 2, highest], ">u2").tobytes())
+    Image.fromarray(np.array([[0, 200, 65535]], dtype=np.int32)).save(root / "a.tif")
+    reader = MediaReader(str(root), gray16="scale")
+    assert np.asarray(reader.load_image("a.pgm"))[0, :, 0].tolist() in ([0, 127, 255], [0, 128, 255])
+    assert np.asarray(MediaReader(str(root)).load_image("a.pgm"))[0, :, 0].tolist() == [0, 255, 255]
+    assert reader.header("a.pgm").mode == "I;16"
+    assert np.asarray(reader.load_image("a.tif"))[0, :, 0].tolist() == [0, 200, 255]
+    assert reader.header("a.tif").mode == "I"
 
 
 @pytest.mark.parametrize("name", [file.name for file in sorted((TILING / "images").iterdir())])

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import tracemalloc
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ivl_lightning.data import frames
+from ivl_lightning.data.animation import load_animation
 from ivl_lightning.data.media import MediaError, MediaReader
-from ivl_lightning.data.timeline import Mark, mark_of, needed_places, stretches
+from ivl_lightning.data.timeline import Mark, Timeline, mark_of, needed_places, stretches
 from ivl_lightning.data.video import Sampling, frame_indices, frame_range, parse_sampling
 
 av = pytest.importorskip("av")
@@ -182,6 +187,247 @@ def test_vp8_frames_for_reference_alone_are_not_counted() -> None:
     assert mark_of(av.Packet(b"\x00"), hides_frames=False).is_shown
 
 
+@pytest.mark.parametrize("name", ["mp4", "mp4_open_groups", "mp4_index_first"])
+def test_key_frames_are_jumped_to(reader: MediaReader, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Frame 30 alone: of the 40 packets those before its key frame are read in the first pass alone, if at all."""
+    expected = [np.asarray(frame) for frame in reader.load_frames(name, range(FRAMES))]
+    frames._timelines.clear()
+    marked: list[int] = []
+
+    def counted(packet: av.Packet, hides_frames: bool) -> Mark:
+        marked.append(packet.size)
+        return mark_of(packet, hides_frames)
+
+    monkeypatch.setattr(frames, "mark_of", counted)
+    (frame,) = reader.load_frames(name, [30])
+    np.testing.assert_array_equal(np.asarray(frame), expected[30])
+    assert 0 < len(marked) <= 20
+
+
+@pytest.mark.parametrize("name", ["mp4", "mp4_open_groups", "mp4_index_first", "mpeg4", "h265", "vp9"])
+def test_tables_tell_what_packets_tell(root: Path, tmp_path: Path, name: str) -> None:
+    """All marks and times, without reading the packets."""
+    makers = {
+        "mpeg4": lambda: encode("mp4", "mpeg4", b_frames=2),
+        "h265": lambda: encode("mp4", "libx265", codec_options={"x265-params": "log-level=none:keyint=12:bframes=4"}),
+        "vp9": lambda: encode("mp4", "libvpx-vp9", codec_options={"cpu-used": "8", "lag-in-frames": "25"}),
+    }
+    (tmp_path / "film").write_bytes(makers[name]() if name in makers else (root / name).read_bytes())
+    timelines = []
+    for by_tables in (True, False):
+        with (tmp_path / "film").open("rb") as file:
+            video = frames._surveyed(file, "mp4", "film", 10**6, by_tables=by_tables)
+        assert video is not None
+        timelines.append(video.timeline)
+    fast, full = timelines
+    assert (fast.marks, fast.order, fast.end) == (full.marks, full.order, full.end)
+    np.testing.assert_array_equal(fast.times, full.times)
+
+
+@pytest.mark.parametrize("name", ["mp4", "mp4_open_groups", "mp4_index_first"])
+def test_packets_are_not_read_through(reader: MediaReader, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    frames._timelines.clear()
+    monkeypatch.setattr(frames, "read_timeline", lambda *_: pytest.fail("all packets were read"))
+    assert [number_of(frame) for frame in reader.load_frames(name, [30, 2, 13])] == [30, 2, 13]
+
+
+@pytest.mark.parametrize("name", ["mp4_fragments", "edit_list"])
+def test_without_a_whole_index_packets_are_read(root: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "film").write_bytes(cut_by_edit_list() if name == "edit_list" else (root / name).read_bytes())
+    with (tmp_path / "film").open("rb") as file:
+        assert frames._surveyed(file, "mp4", "film", 10**6, by_tables=True) is None
+
+
+def test_edit_lists_of_several_pieces_are_left_to_ffmpeg(root: Path, tmp_path: Path) -> None:
+    """The one entry of a list is written twice: then sample i of the tables need not be packet i."""
+    data = bytearray((root / "mp4").read_bytes())
+    place = data.index(b"elst") - 4
+    entry = data[place + 16 : place + 28]
+    for name in (b"moov", b"trak", b"edts", b"elst"):
+        start = data.index(name) - 4
+        data[start : start + 4] = (int.from_bytes(data[start : start + 4], "big") + 12).to_bytes(4, "big")
+    (tmp_path / "one.mp4").write_bytes((root / "mp4").read_bytes())
+    data[place + 12 : place + 16] = (2).to_bytes(4, "big")
+    data[place + 28 : place + 28] = entry
+    (tmp_path / "two.mp4").write_bytes(data)
+    with (tmp_path / "one.mp4").open("rb") as one, (tmp_path / "two.mp4").open("rb") as two:
+        assert frames.mp4_sample_times(one, 1, FRAMES) is not None
+        assert frames.mp4_sample_times(one, 1, FRAMES + 1) is None
+        assert frames.mp4_sample_times(one, 2, FRAMES) is None
+        assert frames.mp4_sample_times(two, 1, FRAMES) is None
+
+
+def test_packets_unlike_the_tables_make_all_be_read(reader: MediaReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each packet that is decoded is compared with what the tables said of it."""
+    tables, made = frames.mp4_sample_times, []
+    read = frames.read_timeline
+
+    def wrong(file: Any, track: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        found = tables(file, track, samples)
+        assert found is not None
+        return found[0], found[1] + np.arange(samples)
+
+    def counted(*arguments: Any) -> Timeline:
+        made.append(1)
+        return read(*arguments)
+
+    frames._timelines.clear()
+    monkeypatch.setattr(frames, "mp4_sample_times", wrong)
+    monkeypatch.setattr(frames, "read_timeline", counted)
+    monkeypatch.setattr(frames, "_by_count", lambda *_: pytest.fail("decoded from the start"))
+    assert [number_of(frame) for frame in reader.load_frames("mp4", [30, 2, 13])] == [30, 2, 13]
+    assert len(made) == 1
+
+
+def test_a_jump_that_leads_elsewhere_costs_time_alone(reader: MediaReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by an index that is wrong: the file is read through instead, still from key frames."""
+    seek = frames._Packets._approach
+
+    def misled(self: Any, first: int) -> None:
+        seek(self, first)
+        if self.places and first:
+            next(self.packets)
+
+    monkeypatch.setattr(frames._Packets, "_approach", misled)
+    monkeypatch.setattr(frames, "_by_count", lambda *_: pytest.fail("decoded from the start"))
+    assert [number_of(frame) for frame in reader.load_frames("mp4", [30, 2, 13])] == [30, 2, 13]
+
+
+def test_timelines_are_kept_while_a_file_stays_as_it_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips of one video share its first pass; a file that was replaced is read again."""
+    made = []
+    read = frames.read_timeline
+
+    def counted(*arguments: Any) -> Timeline:
+        made.append(1)
+        return read(*arguments)
+
+    monkeypatch.setattr(frames, "read_timeline", counted)
+    reader = MediaReader(str(tmp_path))
+    (tmp_path / "film").write_bytes((root / "mp4").read_bytes())
+    reader.video_header("film", (0.0, 1.0))
+    for start in (0.0, 1.0, 2.0):
+        assert number_of(reader.load_frames("film", [1], (start, start + 1))[0]) == 10 * start + 1
+    assert len(made) == 1
+    (tmp_path / "film").write_bytes((root / "avi").read_bytes())
+    assert number_of(reader.load_frames("film", [7])[0]) == 7
+    assert len(made) == 2
+    for number in range(5):
+        (tmp_path / f"film{number}").write_bytes((root / "mp4").read_bytes())
+        reader.load_frames(f"film{number}", [0])
+    assert len(frames._timelines) <= 2
+
+
+@pytest.mark.parametrize("name", ["mp4", "avi_h264", "gif", "webp", "frames"])
+def test_frames_are_shrunk_one_by_one(reader: MediaReader, name: str) -> None:
+    """`then` sees each frame once and at once, so that no more than one is held; what it raises is not the file's."""
+    seen: list[Any] = []
+
+    def shrink(image: Image.Image) -> list[int]:
+        assert sum(one() is not None for one in seen) <= 1
+        seen.append(weakref.ref(image))
+        return [number_of(image)]
+
+    kept = reader.load_frames(name, [7, 3, 7, 30], then=shrink)
+    assert kept == [[7], [3], [7], [30]]
+    assert kept[0] is kept[2]
+    assert len(seen) == 3
+
+    def fail(image: Image.Image) -> None:
+        raise KeyError("a fault of the caller")
+
+    with pytest.raises(KeyError, match="a fault of the caller"):
+        reader.load_frames(name, [0], then=fail)
+
+
+def test_gif_frames_stay_on_the_canvas_of_the_first(tmp_path: Path) -> None:
+    """A later frame of 3000 x 3000 in a file whose head says 64 x 48: Pillow would enlarge the canvas."""
+    large = BytesIO()
+    Image.new("P", (3000, 3000)).save(large, "GIF")
+    small = BytesIO()
+    picture(0).convert("P").save(small, "GIF")
+
+    def blocks(data: bytes) -> tuple[bytes, bytes]:
+        head = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
+        return data[:head], data[head:-1]
+
+    head, image = blocks(small.getvalue())
+    (tmp_path / "bomb.gif").write_bytes(head + image + blocks(large.getvalue())[1] + b";")
+    reader = MediaReader(str(tmp_path), max_pixels=10_000)
+    with pytest.raises(MediaError, match=r"frame 1 of .* reaches to 3000 x 3000 pixels, beyond the canvas of 64 x 48"):
+        reader.video_header("bomb.gif")
+    assert reason(reader.load_frames, "bomb.gif", [0]) == "video_undecodable"
+    # Pillow takes blocks apart in its own way, so what it finds is looked at as well, before it is decoded.
+    with (tmp_path / "bomb.gif").open("rb") as file, pytest.raises(MediaError, match="beyond the canvas"):
+        load_animation(file, "gif", [1], "bomb.gif", lambda frame: frame)
+
+
+def test_gif_ends_that_players_forgive(root: Path, tmp_path: Path) -> None:
+    """Without the closing byte, or with zeros before it. Zeros in place of it are an end that was never fetched."""
+    whole = (root / "gif").read_bytes()
+    reader = MediaReader(str(tmp_path))
+    for end in (b"", b"\0\0;"):
+        (tmp_path / "film.gif").write_bytes(whole[:-1] + end)
+        assert reader.video_header("film.gif").frames == FRAMES
+        assert [number_of(frame) for frame in reader.load_frames("film.gif", [39, 3])] == [39, 3]
+    for content in (whole[:-1] + b"\0\0", whole[:-2], whole[:-1] + whole[whole.index(b"!") :][:8]):
+        (tmp_path / "film.gif").write_bytes(content)
+        assert reason(reader.video_header, "film.gif") == "video_truncated"
+
+
+def box(name: bytes, length: int) -> bytes:
+    return (8 + length).to_bytes(4, "big") + name + bytes(length)
+
+
+def test_mp4_boxes_that_are_not_known(root: Path, tmp_path: Path) -> None:
+    """A box of unknown name before or behind, and bytes behind that are no box; a box that is known must be whole."""
+    reader = MediaReader(str(tmp_path))
+    whole = (root / "mp4").read_bytes()
+    renamed = whole[:4] + b"jumb" + whole[8:]
+    for content in (renamed, whole + box(b"jumb", 9), whole + b"bytes of some tool", whole + b"\0" * 30):
+        (tmp_path / "film.mp4").write_bytes(content)
+        assert [number_of(frame) for frame in reader.load_frames("film.mp4", [33, 2])] == [33, 2]
+    (tmp_path / "film.mp4").write_bytes(whole + box(b"moof", 100)[:-1])
+    assert reason(reader.load_frames, "film.mp4", [0]) == "video_truncated"
+    (tmp_path / "film.mp4").write_bytes(renamed[:-1])
+    assert reason(reader.load_frames, "film.mp4", [0]) == "video_truncated"
+
+
+def test_mp4_of_very_many_boxes(tmp_path: Path) -> None:
+    """2 million boxes of 8 bytes: refused after 100,000, with none of them kept."""
+    (tmp_path / "boxes.mp4").write_bytes(box(b"free", 0) * 2_000_000)
+    tracemalloc.start()
+    with pytest.raises(MediaError, match="more than 100000 boxes"):
+        MediaReader(str(tmp_path)).video_header("boxes.mp4")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
+    """Two recordings of different sizes, one behind the other in one stream."""
+    with av.open(str(tmp_path / "film.mkv"), "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        for number in range(6):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height = (WIDTH, HEIGHT) if number < 3 else (2 * WIDTH, HEIGHT)
+            encoder.pix_fmt, encoder.time_base = "yuvj420p", Fraction(1, RATE)
+            frame = av.VideoFrame.from_image(picture(number).resize((encoder.width, HEIGHT))).reformat(
+                format="yuvj420p"
+            )
+            frame.pts = number
+            for packet in encoder.encode(frame):
+                packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, RATE)
+                container.mux(packet)
+    reader = MediaReader(str(tmp_path))
+    assert number_of(reader.load_frames("film.mkv", [2])[0]) == 2
+    with pytest.raises(MediaError, match="frames of 64 x 48 and of 128 x 48 pixels") as caught:
+        reader.load_frames("film.mkv", [4])
+    assert caught.value.reason == "video_undecodable"
+
+
 def test_clip_beyond_the_end_is_cut_to_it(reader: MediaReader) -> None:
     header = reader.video_header("mp4", (3.5, 100.0))
     assert (header.frames, header.duration) == (5, 0.5)
@@ -210,6 +456,10 @@ def test_folder_faults(tmp_path: Path) -> None:
     reader = MediaReader(str(tmp_path))
     (tmp_path / "empty").mkdir()
     assert reason(reader.video_header, "empty") == "video_empty"
+    (tmp_path / "mac").mkdir()
+    picture(9).save(tmp_path / "mac" / "a_1.png")
+    (tmp_path / "mac" / "._a_1.png").write_bytes(b"what macOS keeps of a file beside it")
+    assert [number_of(frame) for frame in reader.load_frames("mac", [0])] == [9]
     (tmp_path / "mixed").mkdir()
     picture(0).save(tmp_path / "mixed" / "a_1.png")
     picture(0).save(tmp_path / "mixed" / "cover.png")
@@ -257,10 +507,13 @@ def test_rotated_video_is_shown_upright(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_cut_files_are_refused(root: Path, tmp_path: Path, name: str) -> None:
-    """Wherever a file ends too early, there is an error with a reason and never another frame."""
+    """Wherever a file ends too early, there is an error with a reason and never another frame.
+
+    A GIF that lacks its closing byte alone is whole.
+    """
     whole = (root / name).read_bytes()
     reader = MediaReader(str(tmp_path))
-    for length in np.linspace(1, len(whole) - 1, 12, dtype=int):
+    for length in np.linspace(1, len(whole) - (2 if name == "gif" else 1), 12, dtype=int):
         (tmp_path / "cut").write_bytes(whole[:length])
         assert reason(reader.load_frames, "cut", [0]) in ("video_truncated", "video_undecodable")
         assert reason(reader.video_header, "cut") in ("video_truncated", "video_undecodable")
