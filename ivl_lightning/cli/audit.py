@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.launch.overrides import GROUPS
+from ivl_lightning.reporting.audit.places import ERROR_NAME, checked_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ivl_lightning.reporting.audit.audit import Audit, Geometry
 
-ERROR_NAME = "error.log"
 OVER_LIMIT, MISTAKE, CRASH, INTERRUPTED = 1, 2, 70, 130
 _TRAINING_ONLY = ("optim", "strategy", "recipe", "trainer", "loss")
 """What a recipe brings along besides model and data."""
@@ -63,26 +64,22 @@ def run(composed: DictConfig) -> int:
     """Audit what a composed configuration names; returns the exit code."""
     try:
         config = read_config(composed)
-        folder = _folder(config.output)
+        folder = checked_places(config.output, config.drop)
     except ConfigError as error:
         return _mistake(error)
+    log = folder / ERROR_NAME
     try:
         audit = _audit(config)
     except ValueError as error:
         # Meta files, tokenizers and exclusion lists raise it with a sentence for the user.
-        (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
-        return _mistake(error)
-    return _write(audit, config, folder)
-
-
-def _folder(output: str) -> Path:
-    """The folder of the results: better refused now than after hours of work."""
-    folder = Path(output).expanduser()
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        return _mistake(error, log)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return _write(audit, config, folder)
     except OSError as error:
-        raise ConfigError(f"output={output} cannot be made ({error.strerror}): give a folder to write to") from error
-    return folder
+        # Without a number it is ours, with a sentence of its own.
+        place = error.filename or folder
+        return _mistake(ConfigError(f"{place} cannot be written ({error.strerror})") if error.errno else error)
 
 
 def _write(audit: Audit, config: AuditConfig, folder: Path) -> int:
@@ -92,10 +89,8 @@ def _write(audit: Audit, config: AuditConfig, folder: Path) -> int:
     page = write_audit(audit, folder, command)
     print(f"{audit.verdict.sentence}\naudit: {page}")
     if config.drop is not None:
-        try:
-            write_drop_list(Path(config.drop).expanduser(), drop_list(audit.flagged, config.drop_rules))
-        except FileExistsError as error:
-            return _mistake(error)
+        exclude = None if config.data.exclude is None else Path(config.data.exclude).expanduser()
+        write_drop_list(Path(config.drop).expanduser(), drop_list(audit.flagged, config.drop_rules), exclude)
     return OVER_LIMIT if audit.over_limit else 0
 
 
@@ -149,26 +144,40 @@ def _audit(config: AuditConfig) -> Audit:
     # Imported late: --help and wrong settings need neither torch nor transformers.
     from ivl_lightning.data.corpus import read_corpus
     from ivl_lightning.data.encoding import encoder_factory
+    from ivl_lightning.data.exclusion import check_exclusions
     from ivl_lightning.reporting.audit.audit import audit_corpus
 
     _quiet()
     tokenizer = _tokenizer(config)
     geometry = _geometry(config)
-    factory = encoder_factory(
-        config.data, tokenizer, template=config.model.template, tile_tokens=geometry.tokens_per_tile, training=True
+    tile_tokens = geometry.tokens_per_tile
+    train, validation = (
+        encoder_factory(config.data, tokenizer, template=geometry.template, tile_tokens=tile_tokens, training=training)
+        for training in (True, False)
     )
     # In a log file a bar would leave nothing but blank lines.
     show, cache = config.progress_bar and sys.stderr.isatty(), config.data.cache_dir
-    corpus = read_corpus(
-        config.data.meta,
-        factory,
+    read = partial(
+        read_corpus,
         cache_dir=None if cache is None else Path(cache).expanduser(),
         progress=show,
         workers=config.data.index_workers,
         exclude=config.data.exclude,
     )
+    corpus = read(config.data.meta, train)
+    val_corpus = None if config.data.val_meta is None else read(config.data.val_meta, validation)
+    indexes = [*corpus.indexes, *(() if val_corpus is None else val_corpus.indexes)]
+    check_exclusions(config.data.exclude, indexes)
     return audit_corpus(
-        corpus, config.data, geometry, rows=config.rows, examples=config.examples, seed=config.seed, show=show
+        corpus,
+        config.data,
+        geometry,
+        val_factory=validation,
+        val_corpus=val_corpus,
+        rows=config.rows,
+        examples=config.examples,
+        seed=config.seed,
+        show=show,
     )
 
 
@@ -229,8 +238,8 @@ def _quiet() -> None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 
-def _mistake(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _mistake(error: Exception, log: Path | None = None) -> int:
+    print(f"error: {error}{'' if log is None else f' (details: {log})'}", file=sys.stderr)
     return MISTAKE
 
 

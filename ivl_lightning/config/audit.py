@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl_lightning.config.schema import DataConfig, ModelConfig, StageConfig, Strict
 
 DropRule = Literal["repeated_lines", "repeated_ngrams", "sentence_length", "answer_length", "zeros", "duplicate"]
+_DROPPED: tuple[DropRule, ...] = ("duplicate", "repeated_ngrams")
 
 
 @dataclass(kw_only=True)
@@ -23,7 +24,8 @@ class AuditConfig(Strict):
         examples: rows of each dataset that are shown as the model sees them.
         seed: of the forecast epoch and of the shown augmentation.
         drop: exclusion list to write for `data.exclude`; null writes none.
-        drop_rules: quality rules whose rows go on that list; null takes all.
+        drop_rules: quality rules whose rows go on that list, by default those that are hardly ever wrong; null takes
+            all.
         run_dir: run folder that groups such as `model=miniature` refer to.
         progress_bar: show one.
     """
@@ -36,6 +38,6 @@ class AuditConfig(Strict):
     examples: int = 4
     seed: int = 0
     drop: str | None = None
-    drop_rules: list[DropRule] | None = None
+    drop_rules: list[DropRule] | None = field(default_factory=lambda: list(_DROPPED))
     run_dir: str = "runs/audit"
     progress_bar: bool = True

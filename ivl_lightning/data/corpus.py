@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ivl_lightning.data.annotations import AnnotationFile, DatasetSpec, read_meta
 from ivl_lightning.data.encoding import EncoderFactory, RowEncoder
-from ivl_lightning.data.exclusion import check_exclusions, read_exclusions, without_excluded
+from ivl_lightning.data.exclusion import read_exclusions, without_excluded
 from ivl_lightning.data.index import DatasetIndex, build_indexes
 from ivl_lightning.data.json_spans import RowSpan
 from ivl_lightning.data.measuring import digest_text, measure_spans, row_digest
@@ -147,7 +147,7 @@ def read_corpus(
         cache_dir: folder of cached indexes; None keeps none.
         progress: show a bar while measuring.
         workers: processes that measure.
-        exclude: exclusion list; see `data.exclusion`.
+        exclude: exclusion list; `check_exclusions` says what of it does nothing.
         look_again: see `build_indexes`.
 
     Raises:
@@ -156,10 +156,7 @@ def read_corpus(
     encoders = tuple(factory(spec) for spec in read_meta(meta))
     excluded = {} if exclude is None else read_exclusions(exclude)
     indexes = build_indexes(encoders, cache_dir=cache_dir, workers=workers, progress=progress, look_again=look_again)
-    indexes = tuple(without_excluded(index, excluded) for index in indexes)
-    if exclude is not None:
-        check_exclusions(excluded, indexes, exclude)
-    return Corpus(encoders, indexes)
+    return Corpus(encoders, tuple(without_excluded(index, excluded) for index in indexes))
 
 
 def hold_back(digests: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:

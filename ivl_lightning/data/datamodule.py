@@ -20,6 +20,7 @@ from ivl_lightning.data.annotations import media_of
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
 from ivl_lightning.data.encoding import EncoderFactory, encoder_factory
+from ivl_lightning.data.exclusion import check_exclusions
 from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
@@ -142,9 +143,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
             "look_again": look_again,
         }
         train = read_corpus(self.config.meta, self._encoder(training=True), **options)
-        if self.config.val_meta is None:
-            return train, None
-        return train, read_corpus(self.config.val_meta, self._encoder(training=False), **options)
+        validation = None
+        if self.config.val_meta is not None:
+            validation = read_corpus(self.config.val_meta, self._encoder(training=False), **options)
+        indexes = [*train.indexes, *(() if validation is None else validation.indexes)]
+        check_exclusions(self.config.exclude, indexes)
+        return train, validation
 
     def _open_ledger(self, corpora: Sequence[Corpus]) -> None:
         rejects = [line for corpus in corpora for line in corpus.rejects]

@@ -54,13 +54,19 @@ def read_exclusions(path: str) -> Exclusions:
     return exclusions
 
 
-def check_exclusions(exclusions: Exclusions, indexes: Sequence[DatasetIndex], path: str) -> None:
+def check_exclusions(path: str | None, indexes: Sequence[DatasetIndex]) -> None:
     """Say which lines of a list do nothing.
+
+    Args:
+        path: of the list; None for none.
+        indexes: of all datasets the list may name, those of validation included, with their excluded rows.
 
     Raises:
         ValueError: the list names a dataset that is not there.
     """
-    names = {index.name for index in indexes}
+    if path is None:
+        return
+    exclusions, names = read_exclusions(path), {index.name for index in indexes}
     if unknown := sorted(set(exclusions) - names):
         raise ValueError(
             f"data.exclude={path} names the datasets {unknown}, but meta.json has {sorted(names)}: "
@@ -69,9 +75,8 @@ def check_exclusions(exclusions: Exclusions, indexes: Sequence[DatasetIndex], pa
     wanted = sum(len(entries) for listed in exclusions.values() for entries in listed.values())
     found = sum(line.reason == EXCLUDED for index in indexes for line in index.rejects)
     if found < wanted:
-        _log.warning(
-            "%d of %d lines of %s match no row: the rows were changed or are gone", wanted - found, wanted, path
-        )
+        lost = wanted - found
+        _log.warning("%d of %d lines of %s match no row: the rows were changed or are gone", lost, wanted, path)
 
 
 def without_excluded(index: DatasetIndex, exclusions: Exclusions) -> DatasetIndex:

@@ -229,18 +229,13 @@ class TrainingPlan:
             start += share.rows
             if not share.rows:
                 continue
-            spare = self._spare_frames(rows)
-            most = self.rows.tokens[rows].sum(dtype=np.float64) - spare.sum() * self._tokens_per_frame
-            tokens += most / share.rows * share.samples
+            most, fewest = self.rows.most_frames[rows], self.rows.fewest_frames[rows]
+            spare = spare_frames(most, fewest, self.settings.max_frames)
+            length = self.rows.tokens[rows].sum(dtype=np.float64) - spare.sum() * self._tokens_per_frame
+            tokens += length / share.rows * share.samples
             tiles += (self.rows.tiles[rows].sum(dtype=np.float64) - spare.sum()) / share.rows * share.samples
         packs = max(tokens / self.settings.max_tokens, tiles / max(self.settings.max_tiles, 1))
         return packs / self.settings.packs_per_step
-
-    def _spare_frames(self, rows: slice) -> NDArray[np.float64]:
-        """Frames that a draw leaves out on average, of each row: the mean of max(0, most - drawn)."""
-        most, fewest = self.rows.most_frames[rows].astype(float), self.rows.fewest_frames[rows].astype(float)
-        choices = np.maximum(self.settings.max_frames + 1 - fewest, 1)
-        return (most - fewest) * (most - fewest + 1) / 2 / choices
 
     @property
     def _tokens_per_frame(self) -> float:
@@ -278,6 +273,20 @@ def draw_frames(
             bits ^= bits >> np.uint64(31)
     choices = np.where(fewest < most, highest - fewest + 1, 1).astype(np.uint64)
     return np.minimum(fewest + (bits % choices).astype(np.int16), most).astype(np.int16)
+
+
+def spare_frames(most: NDArray[np.integer[Any]], fewest: NDArray[np.integer[Any]], highest: int) -> NDArray[np.float64]:
+    """Frames that a draw leaves out on average: the mean of max(0, most - drawn), drawn from fewest to highest.
+
+    A video of at most 10 and at least 8 frames, with draws of 8 to 32: 8 leaves out 2, 9 leaves out 1, and the other
+    23 none, so 3 / 25.
+
+    Args:
+        most, fewest: frames of each row, `[n]`; 0 without a video.
+        highest: `max_frames`.
+    """
+    spare = most.astype(float) - fewest
+    return spare * (spare + 1) / 2 / np.maximum(highest + 1.0 - fewest, 1)
 
 
 def _with_numbers(pack: Pack, order: NDArray[np.int64], frames: NDArray[np.int16] | None) -> Pack:

@@ -1,18 +1,16 @@
 """Quality of a row's text by rules: the heuristics of the InternVL 2.5 paper that need no language model.
 
-A hit is a reason to look, not a verdict: a table, a poem or a program may repeat itself rightly.
+A hit is a reason to look, not a verdict: a poem or a program may repeat itself rightly. The rules look at prose: the
+rules of a table, the keywords of a program, numbers, formulas and boxes are no hit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from unicodedata import category
 
 from ivl_lightning.constants import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from ivl_lightning.structures import Turn
@@ -25,10 +23,18 @@ _EXCERPT = 200
 _NGRAM = 10
 # Kana and Han: written without blanks, so each character counts as a word. Hangul has blanks.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CHARACTER = re.compile(rf"[{_CJK}]")
 _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[。！？\n]+")
-_ZEROS = re.compile(r"0+")
+_FEWEST_WORDS, _FEWEST_CHARACTERS = 4, 10
+# Marks of European, Arabic, Urdu and Indic scripts need a blank behind them, East Asian and Indic full stops do not.
+_SENTENCE_MARK = r"""(?<=[.!?।؟۔])["'”’)\]]*\s+|[。！？；…।؟۔]+"""
+_SENTENCE_END = re.compile(rf"(?:{_SENTENCE_MARK}|\n+)")
+_MARK = re.compile(_SENTENCE_MARK)
+_PROSE = 0.8
+# The zeros of a hexadecimal or binary number are none of the text's.
+_ZEROS = re.compile(r"0[xXbBoO][0-9a-fA-F]+|(?P<zeros>0+)")
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
+_LETTER = re.compile(r"[^\W\d_]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +43,19 @@ class QualityLimits:
 
     Attributes:
         line_share: share of a text's lines that repeat an earlier line.
-        repeated_lines: repeats below this number are never a hit.
         ngram_share: share of a text's 10-grams that repeat an earlier one.
+        repeats: fewer repeated lines or 10-grams are never a hit.
         sentence_characters: length of a sentence.
         answer_characters: length of an answer; an empty one is a hit too.
         zeros: length of a run of the digit 0.
     """
 
     line_share: float = 0.4
-    repeated_lines: int = 3
     ngram_share: float = 0.4
+    repeats: int = 3
     sentence_characters: int = 1000
     answer_characters: int = 20_000
-    zeros: int = 15
+    zeros: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +110,18 @@ def _answer_length(text: str, limits: QualityLimits) -> Iterator[Hit]:
 
 
 def _repetition(text: str, limits: QualityLimits) -> Iterator[Hit]:
-    share, count, line = repeated_lines(text)
-    if share > limits.line_share and count >= limits.repeated_lines:
-        yield Hit(REPEATED_LINES, excerpt(line), share, limits.line_share)
-    share, ngram = repeated_ngrams(text)
-    if share > limits.ngram_share:
-        yield Hit(REPEATED_NGRAMS, excerpt(ngram), share, limits.ngram_share)
+    for rule, measure, limit in (
+        (REPEATED_LINES, repeated_lines, limits.line_share),
+        (REPEATED_NGRAMS, repeated_ngrams, limits.ngram_share),
+    ):
+        share, count, place = measure(text)
+        if share > limit and count >= limits.repeats:
+            yield Hit(rule, excerpt(place), share, limit)
 
 
 def _lengths(text: str, limits: QualityLimits) -> Iterator[Hit]:
-    sentence = longest_sentence(text)
-    if len(sentence) > limits.sentence_characters:
+    sentence = longest_sentence(text, above=limits.sentence_characters)
+    if sentence:
         yield Hit(SENTENCE_LENGTH, excerpt(sentence), len(sentence), limits.sentence_characters)
     start, length = longest_zeros(text)
     if length > limits.zeros:
@@ -129,97 +136,79 @@ def excerpt(text: str) -> str:
 
 
 def repeated_lines(text: str) -> tuple[float, int, str]:
-    r"""Share and number of lines that repeat an earlier line, and the most frequent line.
+    r"""Share and number of lines that repeat an earlier line, and the most frequent of them.
 
-    Lines count without blanks at both ends, and only if they hold a letter or a digit: the braces of a program and
-    the rules of a table are no repetition. "a\nb\na\n}\n}\na" has the four lines a, b, a, a; two of them repeat the
-    first, so the share is 2 / 4.
+    Lines count without blanks at both ends, and only if they hold a letter or a digit. Only a line of four words, or of
+    ten characters of Chinese or Japanese, can be a repeat: `\hline`, `<td>`, `end` and "Yes" may stand there as often
+    as they like. Of the four lines "it is a cat", "b", "it is a cat", "b" one is a repeat: 1 / 4.
     """
     lines = Counter(line.strip() for line in text.splitlines() if _LETTER_OR_DIGIT.search(line))
-    if not lines:
-        return 0.0, 0, ""
-    repeats = lines.total() - len(lines)
-    return repeats / lines.total(), repeats, lines.most_common(1)[0][0]
+    repeats = {line: count - 1 for line, count in lines.items() if count > 1 and _is_wordy(line)}
+    return _most_repeated(repeats, lines.total())
 
 
-def repeated_ngrams(text: str) -> tuple[float, str]:
-    """Share of the 10-grams that repeat an earlier 10-gram, and the most frequent one.
+def repeated_ngrams(text: str) -> tuple[float, int, str]:
+    """Share and number of the 10-grams that repeat an earlier 10-gram, and the most frequent of them.
 
     A 10-gram is ten units in a row; a unit is a word, or one character of Chinese or Japanese. The 13 words "a b a b a
     b a b a b a b a" hold four 10-grams: two that begin with a, two that begin with b. Two repeat an earlier one, so the
-    share is 2 / 4.
+    share is 2 / 4. As with lines, only a 10-gram with four words or ten such characters can be a repeat: the rule
+    between the rows of a table, or a matrix of zeros and ones, is none.
     """
     units = _UNIT.findall(text)
     count = len(units) - _NGRAM + 1
     if count < 2:
-        return 0.0, ""
+        return 0.0, 0, ""
     ngrams = Counter(tuple(units[start : start + _NGRAM]) for start in range(count))
-    return (count - len(ngrams)) / count, " ".join(ngrams.most_common(1)[0][0])
+    repeats = {ngram: times - 1 for ngram, times in ngrams.items() if times > 1}
+    wordy = {words: times for ngram, times in repeats.items() if _is_wordy(words := " ".join(ngram))}
+    return _most_repeated(wordy, count)
 
 
-def longest_sentence(text: str) -> str:
-    """The longest stretch without a full stop, question or exclamation mark, or line break.
+def _is_wordy(text: str) -> bool:
+    """Whether a stretch of text has four words (a letter each), or ten characters of Chinese or Japanese."""
+    if len(_CHARACTER.findall(text)) >= _FEWEST_CHARACTERS:
+        return True
+    words = _CHARACTER.sub(" ", text).split()
+    return sum(_LETTER.search(word) is not None for word in words) >= _FEWEST_WORDS
 
-    "One. Two three! 3.14 is a number" has the sentences of 4, 10 and 16 characters: a point needs a blank behind it.
+
+def _most_repeated(repeats: dict[str, int], total: int) -> tuple[float, int, str]:
+    if not repeats:
+        return 0.0, 0, ""
+    count = sum(repeats.values())
+    return count / total, count, max(repeats, key=repeats.__getitem__)
+
+
+def longest_sentence(text: str, above: int = 0) -> str:
+    """The longest stretch of prose between two ends of a sentence, "" if none is longer than `above` characters.
+
+    A sentence ends at a line break, at a full stop, question or exclamation mark of any script, at `；` and `…`; behind
+    a European mark a closing quote may follow, and a blank must: "One. Two three! The number is called 3.14" has the
+    sentences of 4, 10 and 25 characters. Prose is a stretch with at least 80 % letters and blanks. A text that uses no
+    mark at all has no sentences to measure: words read off a picture, a list, Thai.
+
+    Args:
+        text: of a turn.
+        above: characters; shorter sentences are passed over.
     """
-    return max(_SENTENCE_END.split(text), key=len)
+    if len(text) <= above or not _MARK.search(f"{text}\n"):
+        return ""
+    long = (sentence for sentence in _SENTENCE_END.split(text) if len(sentence) > above)
+    return max(filter(_is_prose, long), key=len, default="")
+
+
+def _is_prose(text: str) -> bool:
+    # Vowel signs of Indic scripts are marks, which `isalpha` does not count; they stand for letters.
+    letters = sum(character.isalpha() or character.isspace() or category(character)[0] == "M" for character in text)
+    return letters >= _PROSE * len(text)
 
 
 def longest_zeros(text: str) -> tuple[int, int]:
-    """Start and length of the longest run of the digit 0; "100 and 5000" has it at 9, of length 3."""
-    longest = max(_ZEROS.finditer(text), key=lambda run: run.end() - run.start(), default=None)
-    return (0, 0) if longest is None else (longest.start(), longest.end() - longest.start())
+    """Start and length of the longest run of the digit 0; "100 and 5000" has it at 9, of length 3.
 
-
-def row_key(turns: Iterable[Turn], media: Iterable[str]) -> bytes:
-    """16 bytes that are equal for rows of equal questions, answers and media, and for no others in practice.
-
-    Media count by their place: a copy of a picture under another name is another picture.
-
-    Args:
-        turns: of the row.
-        media: absolute places of its pictures or its video.
+    The zeros of "0x0000" are no run.
     """
-    return _hash([*media, "", *(part for turn in turns for part in (turn.role, turn.text))], 16)
-
-
-def text_key(parts: Iterable[str]) -> int:
-    """A 64-bit number for counting equal texts."""
-    return int.from_bytes(_hash(parts, 8), "little")
-
-
-def _hash(parts: Iterable[str], size: int) -> bytes:
-    digest = hashlib.blake2b(digest_size=size)
-    for part in parts:
-        data = part.encode()
-        # With its length in front, so that no two lists of parts run together to the same bytes.
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.digest()
-
-
-def duplicates(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows whose key an earlier row has, ascending, and that first row of each.
-
-    Keys of the rows 0 to 4 that are a, b, a, c, a give the later rows 2, 4 with the first rows 0, 0.
-
-    Args:
-        keys: `[n, 2]`, the 16 bytes of `row_key` of each row.
-    """
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    ordered = keys[order]
-    same = np.zeros(len(keys), dtype=bool)
-    same[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
-    # Sorting is stable, so the first row of a run of equal keys is the earliest.
-    first = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(keys))))]
-    later = order[same]
-    ascending = np.argsort(later)
-    return later[ascending], first[same][ascending]
-
-
-def most_frequent(keys: NDArray[np.uint64]) -> tuple[int, int]:
-    """How often the most frequent key stands there, and where first; (0, 0) of nothing."""
-    if not len(keys):
-        return 0, 0
-    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
-    best = int(np.argmax(counts))
-    return int(counts[best]), int(first[best])
+    runs = (match.span("zeros") for match in _ZEROS.finditer(text) if match["zeros"])
+    start, stop = max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+    return start, stop - start

@@ -4,17 +4,28 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from ivl_lightning.cli.audit import main
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.data.plan import DEFAULT_COST, spare_frames
+from ivl_lightning.data.quality import Hit
+from ivl_lightning.data.stream import TrainingStream, plan_settings
+from ivl_lightning.reporting.audit import page as audit_page
+from ivl_lightning.reporting.audit.files import as_text, write_drop_list
+from ivl_lightning.reporting.audit.flagged import flag
 from ivl_lightning.reporting.audit.page import MOST_LINES
 from ivl_lightning.reporting.audit.statistics import histogram
 from ivl_lightning.reporting.audit.token_text import token_spans
+from ivl_lightning.reporting.audit.verdict import Tally, verdict
+from ivl_lightning.structures import PackedBatch, Record
 from tests import tiny
 from tests.commands import ROOT, environment
 
@@ -34,10 +45,12 @@ SHAPES = [
 
 @pytest.fixture
 def audit(monkeypatch, tmp_path):
-    """Run the command in this process; returns its exit code and folder."""
+    """Run the command in this process; returns its exit code and folder. Histograms, half of the time, on request."""
 
-    def run(meta: Path | str, *arguments: str) -> tuple[int, Path]:
+    def run(meta: Path | str, *arguments: str, histograms: bool = False) -> tuple[int, Path]:
         folder = tmp_path / "audit"
+        if not histograms:
+            monkeypatch.setattr(audit_page, "histogram_figure", lambda facts: "data:image/svg+xml;base64,")
         monkeypatch.setattr(sys, "argv", ["ivl-audit", f"data.meta={meta}", f"output={folder}", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -101,7 +114,7 @@ def test_the_command_finds_every_fault_and_leaves_nothing_but_its_files(tmp_path
 
 
 def test_clean_data_pass(audit, meta):
-    code, folder = audit(meta, *SHAPES)
+    code, folder = audit(meta, *SHAPES, histograms=True)
     assert code == 0
     content = read(folder)
     assert content["rejected"] == []
@@ -127,6 +140,11 @@ def test_rows_are_shown_as_the_model_sees_them(audit, tmp_path):
     assert code == 0
     (numbers,) = read(folder)["examples"]["own"]
     assert (numbers["line"], numbers["tiles"]) == (1, 3)
+    assert numbers["images"] == [{"name": "a.png", "note": "64 x 32 pixels, grid 2 x 1 and thumbnail"}]
+    assert {"kind": "slot", "trained": False, "text": "<IMG_CONTEXT> × 12 (3 tiles)"} in numbers["spans"]
+    assert [span["text"] for span in numbers["spans"] if span["trained"]][:2] == ["white", "<|im_end|>"]
+    assert read(folder)["command"].startswith("ivl-audit")
+    assert "torch" in read(folder)["environment"]
     text = page(folder)
     assert "64 x 32 pixels, grid 2 x 1 and thumbnail" in text
     assert "&lt;IMG_CONTEXT&gt; × 12 (3 tiles)" in text
@@ -136,24 +154,80 @@ def test_rows_are_shown_as_the_model_sees_them(audit, tmp_path):
     assert '<span class="chip special">&lt;img&gt;</span>' in text
 
 
+def add_dataset(meta: Path, name: str, rows: list[dict], **entry: object) -> None:
+    (meta.parent / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {"root": ".", "annotation": f"{name}.jsonl", "data_augment": False, "repeat_time": 1, **entry}
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), name: content}))
+
+
+def write_gif(path: Path, frames: int = 12) -> None:
+    images = [Image.fromarray(np.full((40, 40, 3), 20 * number, np.uint8)) for number in range(frames)]
+    images[0].save(path, save_all=True, append_images=images[1:])
+
+
+def work_of(batch: PackedBatch) -> float:
+    """The modeled work of a batch: of its tokens, of each document's length squared, of its tiles."""
+    lengths = batch.cu_seqlens.diff().double()
+    token, attention, tile = DEFAULT_COST
+    return float(token * lengths.sum() + attention * lengths.square().sum() + tile * len(batch.pixel_values))
+
+
 def test_the_forecast_is_what_training_does(audit, meta):
-    """Packs, steps, fill and idle share of an epoch, against the batches that training gets."""
-    _, folder = audit(meta, *SHAPES, "seed=3")
-    packing = read(folder)["packing"]
-    tokenizer = tiny.load_tiny_tokenizer()
-    data = DynamicPackingDataModule(tiny.tiny_data_config(meta), tokenizer, seed=3, patch_size=tiny.PATCH_SIZE)
+    """Packs, steps, fill and idle share of an epoch with videos and rows held back, against training's own batches."""
+    write_gif(meta.parent / "a.gif", frames=4)
+    videos = [row(f"a film {number}", "<video>\nWhat?", video="a.gif") for number in range(3)]
+    add_dataset(meta, "films", videos, repeat_time=2, max_dynamic_patch=1)
+    add_dataset(meta, "seldom", [row("never")], repeat_time=0.5)
+    code, folder = audit(meta, *SHAPES, "seed=3", "data.val_rows=5", "data.min_frames=2")
+    assert code == 0
+    content = read(folder)
+    packing = content["packing"]
+    config = tiny.tiny_data_config(meta, val_rows=5, min_frames=2)
+    data = DynamicPackingDataModule(config, tiny.load_tiny_tokenizer(), seed=3, patch_size=tiny.PATCH_SIZE)
     data.setup("fit")
-    batches = [batch for batch in data.train_dataloader() if batch.sample_ids]
-    tokens = sum(batch.input_ids.shape[1] for batch in batches)
-    tiles = sum(len(batch.pixel_values) for batch in batches)
-    assert (packing["packs"], packing["tokens"], packing["tiles"]) == (len(batches), tokens, tiles)
-    assert packing["steps"] == len({batch.planned.step for batch in batches})
-    assert packing["samples"] == sum(len(batch.sample_ids) for batch in batches) == 24
-    assert packing["fill_tokens"] == pytest.approx(tokens / (256 * len(batches)))
+    assert data.train_corpus is not None
+    batches = list(data.train_dataloader())
+    full = [batch for batch in batches if batch.sample_ids]
+    tokens = sum(batch.input_ids.shape[1] for batch in full)
+    tiles = sum(len(batch.pixel_values) for batch in full)
+    assert (packing["packs"], packing["tokens"], packing["tiles"]) == (len(full), tokens, tiles)
+    assert packing["steps"] == len({batch.planned.step for batch in full})
+    samples = Counter(name.split()[0] for batch in full for name in batch.sample_ids)
+    held_back = {facts["name"]: facts["held_back"] for facts in content["datasets"]}
+    assert sum(held_back.values()) == 5
+    assert {facts["name"]: facts["samples"] for facts in content["datasets"]} == {
+        "pictures": 12 - held_back["pictures"],
+        "text": 12 - held_back["text"],
+        "films": 2 * (3 - held_back["films"]),
+        "seldom": 0,
+    }
+    assert {facts["name"]: facts["samples"] for facts in content["datasets"] if facts["samples"]} == samples
+    assert packing["fill_tokens"] == pytest.approx(tokens / (256 * len(full)))
     bound = max(-(-tokens // 256), -(-tiles // 16))
     assert packing["lower_bound"] == bound
-    assert packing["efficiency"] == pytest.approx(bound / len(batches))
-    assert 0 <= packing["idle"] < 1
+    assert packing["efficiency"] == pytest.approx(bound / len(full))
+    # A rank for each pack of a step: all wait for the dearest.
+    steps = [batches[start : start + 4] for start in range(0, len(batches), 4)]
+    works = [[work_of(batch) if batch.sample_ids else 0.0 for batch in step] for step in steps]
+    busy = [4 * max(work) for work in works]
+    assert packing["idle"] == pytest.approx(1 - sum(map(sum, works)) / sum(busy))
+    settings = plan_settings(config, seed=3, reduction="square")
+    stream = TrainingStream(data.train_corpus, config, settings)
+    dealt = [list(stream.packs(rank, 4)) for rank in range(4)]
+    for work, time, *planned in zip(works, busy, *dealt, strict=True):
+        assert [pack.idle for pack in planned] == pytest.approx([1 - sum(work) / time] * 4)
+
+
+def test_a_single_pack_a_step_says_nothing_of_idle_ranks(audit, meta):
+    _, folder = audit(meta, *SHAPES, "data.packs_per_step=1")
+    assert read(folder)["packing"]["idle"] is None
+    assert "needs data.packs_per_step" in page(folder)
+
+
+def test_frames_are_counted_as_the_plan_counts_them():
+    """At most 10, at least 8 of draws from 8 to 32: (2 + 1) / 25 frames are left out, where the number is fixed 0."""
+    most, fewest = np.asarray([10, 32, 0]), np.asarray([8, 32, 0])
+    assert spare_frames(most, fewest, 32).tolist() == pytest.approx([3 / 25, 0, 0])
 
 
 def test_the_text_of_a_row_cannot_become_part_of_the_page(audit, tmp_path):
@@ -220,6 +294,12 @@ def test_tokens_are_shown_by_kind():
     long = token_spans(text * 2000, [-100] * len(text) * 2000, tokenizer, 4)
     assert [span.kind for span in long] == ["text", "cut"]
     assert long[1].text == f"{len(text) * 2000 - 3000:,} more tokens"
+    # However many turns follow, there is one chip for all of them.
+    ids = (text * 2000)[:3500] + ([end, *text]) * 200
+    spans = token_spans(ids, [-100] * 3500 + ([-100, *text]) * 200, tokenizer, 4)
+    assert [span.kind for span in spans] == ["text", "cut"]
+    rest = 200 * len(text)
+    assert spans[1].text == f"{500 + 200 + rest:,} more tokens, {rest:,} of them trained"
 
 
 def test_a_picture_that_was_shrunk_is_shown_in_its_smaller_grid(audit, tmp_path):
@@ -282,7 +362,7 @@ def test_the_exclusion_list_makes_a_round_trip(audit, tmp_path):
     answers = ["fine", "0" * 40, "fine", "word " * 15, "fine", "good"]
     meta = write_rows(tmp_path, [{"id": number, **row(answer)} for number, answer in enumerate(answers)])
     drop = tmp_path / "drop.jsonl"
-    code, folder = audit(meta, *SHAPES, f"drop={drop}")
+    code, folder = audit(meta, *SHAPES, f"drop={drop}", "drop_rules=null")
     assert code == 0
     entries = [json.loads(line) for line in drop.read_text().splitlines()]
     assert [(entry["line"], entry["rule"]) for entry in entries] == [
@@ -322,13 +402,16 @@ def test_an_exclusion_list_is_not_overwritten(audit, tmp_path, capsys):
 
 
 def test_a_page_of_many_rejects_shows_the_first(audit, tmp_path):
-    rows = [{"id": number, "conversations": []} for number in range(MOST_LINES + 5)] + [row("fine")]
+    rows = [{"id": number, "conversations": []} for number in range(MOST_LINES + 5)]
+    rows += [row("?", "<image>", image="no.png"), row("fine")]
     code, folder = audit(write_rows(tmp_path, rows), *SHAPES)
     assert code == 1
-    assert len(read(folder)["rejected"]) == MOST_LINES + 5
+    assert len(read(folder)["rejected"]) == MOST_LINES + 6
     text = page(folder)
     assert text.count('data-group="conversations_missing"') == MOST_LINES
-    assert "The first 2,000 of 2,005" in text
+    assert "501 of 506, at most 500 of each reason" in text
+    # A frequent reason hides no rare one.
+    assert text.count('data-group="file_missing"') == 1
 
 
 @pytest.mark.parametrize(
@@ -343,7 +426,11 @@ def test_a_page_of_many_rejects_shows_the_first(audit, tmp_path):
         (["model.tokenizer=/not/there"], "/not/there is not a folder"),
         (["data.weights={pictures:1}"], "data.weights must name each dataset"),
         (["data.tile_size=64"], "data.tile_size=64, but the vision tower takes 32"),
-        (["output=/dev/null/x"], "output=/dev/null/x cannot be made"),
+        (["output=/dev/null/x"], "output=/dev/null/x cannot be written (Not a directory)"),
+        (["output=/proc"], "output=/proc cannot be written"),
+        (["drop=/proc/nothing/x.jsonl"], "drop=/proc/nothing/x.jsonl cannot be written"),
+        (["drop=/tmp"], "drop=/tmp cannot be written (it is a folder)"),
+        (["data.val_rows=99"], "data.val_rows=99 would hold back all 24 usable rows"),
         (["rows=["], "rows=[ cannot be read"),
         (["model=nonsense"], "nonsense"),
     ],
@@ -381,3 +468,175 @@ def test_help_loads_no_torch():
     assert result.returncode == 0, result.stderr
     assert "TORCH False" in result.stdout
     assert "ivl-audit data.meta=FILE output=FOLDER" in result.stdout
+
+
+def noise(path: Path, *, cut: bool = False, size: tuple[int, int] = (40, 40)) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    if cut:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_sample_tells_of_the_rows_that_were_not_opened(audit, tmp_path):
+    """Every second picture of 200 is cut off; 30 rows are opened, so the known ones alone are hardly a tenth."""
+    noise(tmp_path / "1.png")
+    noise(tmp_path / "0.png", cut=True)
+    rows = [row(f"answer {number}", "<image>", image=f"{number % 2}.png") for number in range(200)]
+    meta = write_rows(tmp_path, rows)
+    code, folder = audit(meta, *SHAPES, "rows=30", "data.reject_limit=0.3")
+    content = read(folder)
+    broken = content["datasets"][0]["broken"]
+    assert broken == len(content["rejected"]) < 0.3 * 200
+    assert content["verdict"]["estimated"] == round(broken + broken / 30 * 170)
+    assert (code, content["verdict"]["state"]) == (1, "over_limit")
+    assert "30 of 200 rows of own decoded" in content["verdict"]["sentence"]
+    assert f"{broken} are known" in content["verdict"]["sentence"]
+
+
+def test_verdicts_worked_by_hand():
+    """1,000 rows of a with 5 of 100 opened broken: 5 + 5 % of 900 = 50; 1,000 rows of b are whole."""
+    whole, half = Tally("b", 1000, 0, usable=1000, opened=1000), Tally("a", 1000, 5, 0, 1000, 100, 5)
+    assert half.estimated == 50
+    judged = verdict([half, whole], 0.03, 0)
+    assert (judged.state, judged.rows, judged.rejected, judged.estimated) == ("ok", 2000, 5, 50)
+    assert "100 of 1,000 rows of a decoded" in judged.sentence
+    assert "about 50 of 2,000 rows cannot be used (2.5%)" in judged.sentence
+    assert verdict([half, whole], 0.02, 1).state == "over_limit"
+    assert verdict([whole], 0.0, 0).sentence.endswith("; every usable row decoded")
+    # What is uncertain is said, but decides nothing.
+    judged = verdict([Tally("a", 10, 0, uncertain=9)], 0.01, 1)
+    assert (judged.state, judged.uncertain) == ("warnings", 9)
+    many = verdict([Tally(name, 9, 0, usable=9, opened=1) for name in "abcde"], 0.01, 0)
+    assert "1 of 9 rows of c, 2 of 18 rows of 2 other datasets decoded" in many.sentence
+
+
+def test_approximate_tokens_do_not_stop_training(audit, tmp_path):
+    """Too long by the stand-in's count is not certain; too many tiles for a pack is, whatever the tokenizer."""
+    noise(tmp_path / "a.png", size=(64, 64))
+    meta = write_rows(tmp_path, [row("猫狗鱼" * 200, f"{number}?") for number in range(4)])
+    shapes = [argument for argument in SHAPES if not argument.startswith("model.tokenizer")]
+    code, folder = audit(meta, *shapes)
+    content = read(folder)
+    assert code == 0
+    assert "4 more are over_length by approximate tokens" in content["verdict"]["sentence"]
+    assert "give model.tokenizer" in content["verdict"]["sentence"]
+    assert warned(content)["approximate_tokens"]["rows"] == 4
+    assert all(line["message"].startswith("not certain: approximate tokens") for line in content["rejected"])
+    code, folder = audit(meta, *SHAPES)
+    assert (code, "approximate_tokens" in warned(read(folder))) == (1, False)
+    meta = write_rows(tmp_path, [row("cat", "<image>", image="a.png")])
+    assert audit(meta, *shapes, "data.max_pack_tiles=4")[0] == 1
+
+
+def test_warnings_count_the_rows_that_are_rejected(audit, tmp_path):
+    """Pictures that all pass a cap, and films whose files are missing, are what the warnings are for."""
+    noise(tmp_path / "a.png", size=(128, 128))
+    rows = [row(f"text {number}", f"{number}?") for number in range(3)] + [row("cat", "<image>", image="a.png")]
+    meta = write_rows(tmp_path, rows, max_dynamic_patch=20)
+    code, folder = audit(meta, *SHAPES)
+    found = warned(read(folder))["tiles_over_pack"]
+    assert (code, found["rows"], found["example"]) == (1, 1, "line 4")
+    code, folder = audit(meta, *SHAPES, "data.over_length=shrink")
+    found = warned(read(folder))["tiles_over_pack"]
+    assert (code, found["rows"], found["example"]) == (0, 1, "line 4")
+    assert "shrunk" in found["message"]
+    films = [row("v", "<video>\nWhat?", video="missing.mp4") for _ in range(3)]
+    _, folder = audit(write_rows(tmp_path, [*films, row("t")]), *SHAPES)
+    content = read(folder)
+    assert warned(content)["video_augmented"]["rows"] == 3
+    assert content["datasets"][0]["kinds"] == {"video": 3, "text": 1}
+    # The limit of the tiles is the run's, and is called so.
+    assert "data.max_tiles is 4 and the dataset has no max_dynamic_patch" in warned(content)["video_tiles"]["message"]
+
+
+def test_pictures_beside_a_film_lack_augmentation_too(audit, tmp_path):
+    noise(tmp_path / "a.png")
+    write_gif(tmp_path / "a.gif")
+    rows = [row(f"a{number}", "<image>", image="a.png") for number in range(3)]
+    meta = write_rows(tmp_path, [*rows, row("v", "<video>\nWhat?", video="a.gif")], data_augment=False)
+    _, folder = audit(meta, *SHAPES)
+    found = warned(read(folder))["not_augmented"]
+    assert found["rows"] == 3
+    assert "videos in a dataset of their own" in found["advice"]
+
+
+def test_pictures_behind_urls_are_looked_at_as_far_as_they_are_opened(audit, tmp_path):
+    """Two of five rows are opened; the other three are counted as not looked at."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    fsspec.filesystem("memory").pipe("/audit/a.jpg", (tmp_path / "a.jpg").read_bytes())
+    rows = [row(f"a{number}", "<image>", image="a.jpg") for number in range(5)]
+    meta = write_rows(tmp_path, rows, root="memory://audit")
+    code, folder = audit(meta, *SHAPES, "data.allowed_schemes=[memory]", "rows=2")
+    assert code == 0
+    content = read(folder)
+    found = warned(content)["exif_rotated"]
+    assert found["rows"] == 2
+    assert "3 pictures behind URLs were not looked at" in found["message"]
+    assert content["datasets"][0]["unchecked"] == 3
+    assert "own: 3 pictures lie behind URLs" in page(folder)
+
+
+def test_validation_data_are_measured(audit, meta, tmp_path):
+    """Rejects of val_meta count as they do in training, and are marked on the page."""
+    (tmp_path / "val").mkdir()
+    val_meta = write_rows(tmp_path / "val", [row("fine"), row("x", "<image>", image="no.png")])
+    code, folder = audit(meta, *SHAPES, f"data.val_meta={val_meta}")
+    content = read(folder)
+    assert code == 1
+    assert (content["verdict"]["rows"], content["verdict"]["rejected"]) == (26, 1)
+    (facts,) = content["validation"]["datasets"]
+    assert facts == {"name": "own", "rows": 2, "used": 1, "rejected": {"file_missing": 1}}
+    assert [line["line"] for line in content["validation"]["rejects"]] == [2]
+    assert 'own<br><span class="soft">validation</span>' in page(folder)
+
+
+def test_a_second_round_keeps_the_first(audit, tmp_path):
+    """The list that the audit left out is the list that it writes: its lines stay in front of the new ones."""
+    meta = write_rows(tmp_path, [row("0" * 40), row("word " * 15), row("fine"), row("fine")])
+    drop = tmp_path / "drop.jsonl"
+    assert audit(meta, *SHAPES, f"drop={drop}", "drop_rules=[zeros]")[0] == 0
+    first = drop.read_text()
+    assert audit(meta, *SHAPES, f"drop={drop}", f"data.exclude={drop}")[0] == 0
+    assert drop.read_text().startswith(first)
+    assert [json.loads(line)["line"] for line in drop.read_text().splitlines()] == [1, 2, 4]
+    code, folder = audit(meta, *SHAPES, f"drop={tmp_path}/other.jsonl", f"data.exclude={drop}")
+    assert code == 0
+    assert (tmp_path / "other.jsonl").read_text() == drop.read_text()
+    assert read(folder)["counts"]["own"]["used"] == 1
+
+
+def test_a_list_without_a_last_line_break_is_kept_whole(tmp_path):
+    (tmp_path / "old.jsonl").write_text("a")
+    write_drop_list(tmp_path / "old.jsonl", "b\n", tmp_path / "old.jsonl")
+    assert (tmp_path / "old.jsonl").read_text() == "a\nb\n"
+
+
+def test_the_log_of_a_mistake_is_named_and_does_not_outlive_it(audit, meta, capsys):
+    code, folder = audit(meta, *SHAPES, "data.exclude=/not/there")
+    assert code == 2
+    assert f"(details: {folder}/error.log)" in capsys.readouterr().err
+    assert (folder / "error.log").is_file()
+    assert audit(meta, *SHAPES)[0] == 0
+    assert not (folder / "error.log").exists()
+
+
+def test_what_cannot_be_written_in_the_end_is_a_message(audit, meta, tmp_path, capsys):
+    """A folder stands in the place of the page."""
+    (tmp_path / "audit" / "audit.html").mkdir(parents=True)
+    code, folder = audit(meta, *SHAPES)
+    assert code == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert sorted(file.name for file in folder.iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_findings_are_written_one_by_one():
+    """4,000 findings become megabytes of JSON, of which next to nothing is held."""
+    record = Record("own", "own.jsonl", 1, {"id": "row"}, 0, "0" * 16)
+    flagged = [flag(record, Hit("zeros", "x" * 200, 40.0, 32.0)) for _ in range(4_000)]
+    tracemalloc.start()
+    size = sum(map(len, as_text({"hits": flagged})))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 1_000_000
+    assert peak < 100_000

@@ -13,7 +13,12 @@ from tests.commands import ROOT, environment, own_arguments, train
 def run(tmp_path_factory):
     """A model and data; the command, and the folder it works in."""
     folder = tmp_path_factory.mktemp("index")
-    arguments = [*own_arguments(folder, steps=1), f"run_dir={folder}/run", "data.val_rows=4", f"data.cache_dir={folder}/index"]
+    arguments = [
+        *own_arguments(folder, steps=1),
+        f"run_dir={folder}/run",
+        "data.val_rows=4",
+        f"data.cache_dir={folder}/index",
+    ]
 
     def index(*more):
         command = [sys.executable, "-m", "ivl_lightning.cli.index", *arguments, *more]

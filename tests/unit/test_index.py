@@ -17,7 +17,7 @@ from ivl_lightning.data import index
 from ivl_lightning.data.annotations import AnnotationFile, read_meta
 from ivl_lightning.data.corpus import read_corpus
 from ivl_lightning.data.encoding import encoder_factory
-from ivl_lightning.data.exclusion import read_exclusions
+from ivl_lightning.data.exclusion import check_exclusions, read_exclusions
 from ivl_lightning.data.index import build_index, build_indexes
 from ivl_lightning.data.index_file import IndexParts, IndexWriteError, read_index, write_index
 from ivl_lightning.data.locations import MediaError
@@ -204,11 +204,13 @@ def test_what_a_list_does_not_hit_is_said(meta, alone, tmp_path, caplog):
     path = tmp_path / "drop.jsonl"
     options = {"cache_dir": None, "progress": False, "exclude": str(path)}
     path.write_text('{"dataset": "text", "digest": "0123456789abcdef", "id": "a\u2028b"}\n\n')
-    assert len(read_corpus(str(meta), make_factory(), **options)) == len(alone)
+    corpus = read_corpus(str(meta), make_factory(), **options)
+    assert len(corpus) == len(alone)
+    check_exclusions(str(path), corpus.indexes)
     assert "1 of 1 lines" in caplog.text
     path.write_text('{"dataset": "txt", "digest": "0123456789abcdef"}\n')
     with pytest.raises(ValueError, match=r"names the datasets \['txt'\], but meta.json has \['text'\]"):
-        read_corpus(str(meta), make_factory(), **options)
+        check_exclusions(str(path), corpus.indexes)
 
 
 @pytest.mark.parametrize(("listed", "kept"), [(1, [1, 2]), (2, [1]), (3, []), (4, [])])

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
+from ivl_lightning.data.encoding import EncoderFactory
 from ivl_lightning.data.stream import mixture_of
 from ivl_lightning.reporting.audit.concerns import concerns_of
-from ivl_lightning.reporting.audit.findings import Concern, DatasetFacts, Flagged, Forecast, Verdict
+from ivl_lightning.reporting.audit.findings import Concern, DatasetFacts, Forecast, Verdict
+from ivl_lightning.reporting.audit.flagged import Flagged
 from ivl_lightning.reporting.audit.forecast import forecast
 from ivl_lightning.reporting.audit.opened import Example, open_rows
 from ivl_lightning.reporting.audit.scan import ScanResult, scan_rows
 from ivl_lightning.reporting.audit.statistics import dataset_facts
 from ivl_lightning.reporting.audit.subject import Subject
-from ivl_lightning.structures import Reject
-
-OK, WARNINGS, OVER_LIMIT = "ok", "warnings", "over_limit"
+from ivl_lightning.reporting.audit.validation import Validation, split_validation
+from ivl_lightning.reporting.audit.verdict import OVER_LIMIT, Tally, verdict
+from ivl_lightning.structures import Reject, RowKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Audit:
         verdict: the whole in a sentence.
         datasets: their numbers.
         rejects: every row that cannot be used, by dataset and line.
+        validation: what measuring the validation data found; None without.
         warnings: what to decide on.
         flagged: rows that break a quality rule.
         checked: rows that the quality rules saw.
@@ -66,6 +69,7 @@ class Audit:
     verdict: Verdict
     datasets: list[DatasetFacts]
     rejects: list[Reject]
+    validation: Validation | None
     warnings: list[Concern]
     flagged: list[Flagged]
     checked: int
@@ -78,28 +82,26 @@ class Audit:
         return self.verdict.state == OVER_LIMIT
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain values."""
+        """Everything but the pictures, as plain values and records that `files.as_text` takes apart."""
         return {
             "meta": self.meta,
-            "verdict": asdict(self.verdict),
+            "verdict": self.verdict,
             "counts": {
                 facts.name: {"rows": facts.rows, "used": facts.used, "rejected": sum(facts.rejected.values())}
                 for facts in self.datasets
             },
-            "rejected": [asdict(line) for line in self.rejects],
-            "warnings": [asdict(warning) for warning in self.warnings],
+            "rejected": self.rejects,
+            "validation": self.validation,
+            "warnings": self.warnings,
             "quality": {
                 "checked": self.checked,
                 "counts": dict(Counter(line.rule for line in self.flagged).most_common()),
-                "hits": [asdict(line) for line in self.flagged],
+                "hits": self.flagged,
             },
-            "packing": None if self.packing is None else asdict(self.packing),
-            "datasets": [asdict(facts) for facts in self.datasets],
-            "examples": {
-                facts.name: [example.numbers() for example in examples]
-                for facts, examples in zip(self.datasets, self.examples, strict=True)
-            },
-            "geometry": asdict(self.geometry),
+            "packing": self.packing,
+            "datasets": self.datasets,
+            "examples": {facts.name: examples for facts, examples in zip(self.datasets, self.examples, strict=True)},
+            "geometry": self.geometry,
             "data": asdict(self.config),
         }
 
@@ -109,6 +111,8 @@ def audit_corpus(
     config: DataConfig,
     geometry: Geometry,
     *,
+    val_factory: EncoderFactory,
+    val_corpus: Corpus | None,
     rows: int | None,
     examples: int,
     seed: int,
@@ -120,40 +124,54 @@ def audit_corpus(
         corpus: as indexed under `config`.
         config: settings of the data.
         geometry: of tokenizer and tiles.
+        val_factory: makes encoders with the settings of validation.
+        val_corpus: rows of `data.val_meta`; None without.
         rows: of each dataset that are opened; None opens all.
         examples: of each dataset that are shown.
         seed: of mixture, packing and augmentation.
         show: progress bars.
+
+    Raises:
+        ValueError: weights that do not name the datasets, or `val_rows` that leaves nothing to train on.
     """
-    scan = scan_rows(corpus, show=show)
-    opened = open_rows(corpus, rows=rows, examples=examples, seed=seed, show=show)
-    broken = {**scan.broken, **opened.broken}
-    rejects = _by_dataset(corpus, broken)
-    facts = dataset_facts(corpus, mixture_of(corpus, config), scan.scans, opened, rejects)
-    subjects = _subjects(corpus, config, geometry, facts, scan, rejects, broken)
+    train, validation = split_validation(corpus, config, val_factory, val_corpus)
+    # Wrong weights are known now, not after hours of reading.
+    mixture_of(train, config)
+    scan = scan_rows(corpus, exact=geometry.exact, show=show)
+    opened = open_rows(corpus, scan.scans, rows=rows, examples=examples, seed=seed, show=show)
+    rejects = _by_dataset(corpus, {**scan.broken, **opened.broken}, scan.uncertain)
+    facts = dataset_facts(corpus, train, config, scan.scans, opened, rejects)
+    subjects = _subjects(corpus, config, geometry, facts, scan, rejects)
     warnings = [concern for subject in subjects for concern in concerns_of(subject)]
-    every_reject = [line for lines in rejects for line in lines]
+    tallies = [_tally(subject) for subject in subjects]
     return Audit(
         meta=config.meta,
         config=config,
         geometry=geometry,
-        verdict=_verdict(every_reject, sum(map(len, corpus.indexes)), len(broken), config.reject_limit, warnings),
+        verdict=verdict([*tallies, *([validation.tally] if validation else [])], config.reject_limit, len(warnings)),
         datasets=facts,
-        rejects=every_reject,
+        rejects=[line for lines in rejects for line in lines],
+        validation=validation,
         warnings=warnings,
         flagged=scan.flagged,
         checked=scan.checked,
-        packing=forecast(corpus, config, seed, cost=geometry.cost, show=show),
+        packing=forecast(train, config, seed, cost=geometry.cost, show=show),
         examples=opened.examples,
     )
 
 
-def _by_dataset(corpus: Corpus, broken: dict[int, Reject]) -> list[list[Reject]]:
+def _by_dataset(corpus: Corpus, broken: dict[int, Reject], uncertain: frozenset[RowKey]) -> list[list[Reject]]:
     """All rejects of each dataset, by line."""
-    rejects = [list(index.rejects) for index in corpus.indexes]
+    rejects = [[_marked(line, uncertain) for line in index.rejects] for index in corpus.indexes]
     for row, line in broken.items():
         rejects[corpus.dataset_of(row)].append(line)
-    return [sorted(lines, key=lambda line: line.line) for lines in rejects]
+    return [sorted(lines, key=lambda line: (line.line, line.offset)) for lines in rejects]
+
+
+def _marked(line: Reject, uncertain: frozenset[RowKey]) -> Reject:
+    if line.row not in uncertain:
+        return line
+    return replace(line, message=f"not certain: approximate tokens, give model.tokenizer. {line.message}")
 
 
 def _subjects(
@@ -163,8 +181,10 @@ def _subjects(
     facts: list[DatasetFacts],
     scan: ScanResult,
     rejects: list[list[Reject]],
-    broken: dict[int, Reject],
 ) -> list[Subject]:
+    flagged: dict[str, list[Flagged]] = {spec.name: [] for spec in corpus.specs}
+    for line in scan.flagged:
+        flagged[line.dataset].append(line)
     return [
         Subject(
             spec=spec,
@@ -172,8 +192,8 @@ def _subjects(
             facts=facts[number],
             scan=scan.scans[number],
             rejects=rejects[number],
-            broken=sum(line.dataset == spec.name for line in broken.values()),
-            flagged=[line for line in scan.flagged if line.dataset == spec.name],
+            uncertain=[line for line in rejects[number] if line.row in scan.uncertain],
+            flagged=flagged[spec.name],
             config=config,
             tokens_per_tile=geometry.tokens_per_tile,
             alone=len(corpus.specs) == 1,
@@ -182,13 +202,16 @@ def _subjects(
     ]
 
 
-def _verdict(rejects: list[Reject], indexed: int, broken: int, limit: float, warnings: list[Concern]) -> Verdict:
-    counted = sum(line.counted for line in rejects)
-    # As training counts: rows set aside on purpose are no part of it.
-    rows = indexed - broken + counted
-    share = f"{counted:,} of {rows:,} rows cannot be used ({counted / max(rows, 1):.1%})"
-    if counted > limit * rows:
-        return Verdict(OVER_LIMIT, f"{share}, more than data.reject_limit={limit:.1%}: training would stop")
-    if warnings:
-        return Verdict(WARNINGS, f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}; {share}")
-    return Verdict(OK, f"no warning; {share}")
+def _tally(subject: Subject) -> Tally:
+    facts = subject.facts
+    counted = facts.rows - facts.used - facts.set_aside
+    return Tally(
+        name=facts.name,
+        # As training counts: rows set aside on purpose are no part of it.
+        rows=facts.rows - facts.set_aside,
+        rejected=counted - len(subject.uncertain),
+        uncertain=len(subject.uncertain),
+        usable=len(subject.index),
+        opened=facts.opened,
+        broken=facts.broken,
+    )

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ivl_lightning.reporting.audit.findings import Concern
-from ivl_lightning.reporting.audit.scan import (
+from ivl_lightning.reporting.audit.headers import (
     EXIF,
     GRAY16,
     LARGEST_ASPECT,
-    SAME_ANSWERS,
-    SAME_IMAGES,
+    SHRUNK,
     SMALL,
     SMALLEST_SIDE,
     STRETCHED,
 )
+from ivl_lightning.reporting.audit.rejected import LONG_PICTURES
+from ivl_lightning.reporting.audit.scan import SAME_ANSWERS, SAME_IMAGES
 from ivl_lightning.reporting.audit.subject import Subject
 
 FEWEST_ROWS = 20
@@ -43,18 +44,19 @@ def _video(subject: Subject) -> Iterator[Concern]:
         yield subject.concern(
             "video_tiles",
             subject.videos,
-            f"video rows, and max_dynamic_patch is {subject.max_tiles}; the official setting for video is 1",
+            f"video rows, and {subject.tile_setting}; the official setting for video is a max_dynamic_patch of 1",
             "set max_dynamic_patch to 1; keep pictures in a dataset of their own",
         )
 
 
 def _no_augmentation(subject: Subject) -> Iterator[Concern]:
-    if subject.pictures and not subject.videos and not subject.spec.data_augment:
+    if subject.pictures and not subject.spec.data_augment:
+        apart = "keep videos in a dataset of their own and " if subject.videos else ""
         yield subject.concern(
             "not_augmented",
             subject.pictures,
             "rows with pictures, and data_augment is false; the official recipes degrade pictures by JPEG compression",
-            "set data_augment to true, unless these pictures must stay as they are",
+            f"{apart}set data_augment to true, unless these pictures must stay as they are",
         )
 
 
@@ -64,17 +66,53 @@ def _largest_row(subject: Subject) -> Iterator[Concern]:
     tiles = grid + 1 if config.use_thumbnail and grid > 1 else grid
     tokens = tiles * subject.tokens_per_tile
     most = min(config.max_tokens, config.max_sample_tokens or config.max_tokens)
-    if not subject.pictures or config.over_length == "shrink" or (tiles <= config.max_pack_tiles and tokens <= most):
-        return
-    long = [line for line in subject.rejects if line.reason == "over_length"]
-    yield subject.concern(
-        "tiles_over_pack",
-        len(long),
-        f"rows are rejected as over_length: max_dynamic_patch {grid} allows {tiles} tiles and {tokens:,} tokens for "
-        f"one picture, but a pack holds {config.max_pack_tiles} tiles, and a row may have {most:,} tokens",
-        "lower max_dynamic_patch, raise data.max_pack_tiles or data.max_tokens, or set data.over_length=shrink",
-        f"line {long[0].line}" if long else "",
-    )
+    fits = tiles <= config.max_pack_tiles and tokens <= most
+    if config.over_length == "shrink":
+        yield from _shrunk(subject, fits=fits)
+    elif subject.pictures and not fits:
+        long = subject.remark(LONG_PICTURES)
+        yield subject.concern(
+            "tiles_over_pack",
+            long.rows,
+            f"rows with pictures are rejected as over_length: {subject.tile_setting}, which allows {tiles} tiles and "
+            f"{tokens:,} tokens for one picture, but a pack holds {config.max_pack_tiles} tiles, and a row may have "
+            f"{most:,} tokens",
+            "lower max_dynamic_patch, raise data.max_pack_tiles or data.max_tokens, or set data.over_length=shrink",
+            long.example,
+        )
+
+
+def _shrunk(subject: Subject, *, fits: bool) -> Iterator[Concern]:
+    """Rows that lose resolution so that they fit a pack; `fits` where a single picture of full size would."""
+    shrunk = subject.remark(SHRUNK)
+    if shrunk.rows or (subject.pictures and not fits):
+        yield subject.concern(
+            "shrunk" if fits else "tiles_over_pack",
+            shrunk.rows,
+            f"rows have pictures that are shrunk: {subject.tile_setting}, more than a row or a pack holds, and "
+            f"data.over_length=shrink cuts them into fewer tiles{_unchecked(subject)}",
+            "lower max_dynamic_patch, or raise data.max_pack_tiles or data.max_tokens to keep the detail",
+            shrunk.example,
+        )
+
+
+def _approximate(subject: Subject) -> Iterator[Concern]:
+    if subject.uncertain:
+        first = subject.uncertain[0]
+        yield subject.concern(
+            "approximate_tokens",
+            len(subject.uncertain),
+            "rows are rejected as over_length by another tokenizer than the model's, so that is not certain; they do "
+            "not count for the verdict",
+            "give model.tokenizer",
+            f"line {first.line}",
+        )
+
+
+def _unchecked(subject: Subject) -> str:
+    """How many pictures nothing can be said about."""
+    count = subject.scan.unchecked
+    return f" ({count:,} pictures behind URLs were not looked at)" if count else ""
 
 
 _PICTURE_REMARKS = (
@@ -105,7 +143,7 @@ def _pictures(subject: Subject) -> Iterator[Concern]:
     for name, message, advice in _PICTURE_REMARKS:
         remark = subject.remark(name)
         if remark.rows:
-            yield subject.concern(name, remark.rows, message, advice, remark.example)
+            yield subject.concern(name, remark.rows, message + _unchecked(subject), advice, remark.example)
 
 
 def _few_labels(subject: Subject) -> Iterator[Concern]:
@@ -166,12 +204,12 @@ def _broken(subject: Subject) -> Iterator[Concern]:
     facts, config = subject.facts, subject.config
     if not facts.opened or facts.opened >= len(subject.index):
         return
-    share = subject.broken / facts.opened
+    share = facts.broken / facts.opened
     if share > config.reject_limit:
         yield subject.concern(
             "broken_when_opened",
-            subject.broken,
-            f"rows broke of {facts.opened} that were opened: about {share * len(subject.index):,.0f} of all "
+            facts.broken,
+            f"rows broke of {facts.opened:,} that were opened: about {share * len(subject.index):,.0f} of all "
             f"{len(subject.index):,} may, {share:.1%}, and the limit is {config.reject_limit:.1%}",
             "run the audit with rows=null to find them all",
         )
@@ -195,6 +233,7 @@ _CHECKS: tuple[Callable[[Subject], Iterator[Concern]], ...] = (
     _video,
     _no_augmentation,
     _largest_row,
+    _approximate,
     _pictures,
     _few_labels,
     _sameness,

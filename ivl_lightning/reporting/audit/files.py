@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from ivl_lightning.data.quality import RULES
 from ivl_lightning.reporting.audit.audit import Audit
-from ivl_lightning.reporting.audit.findings import Flagged
+from ivl_lightning.reporting.audit.flagged import Flagged
+from ivl_lightning.reporting.audit.opened import Example
 
 PAGE_NAME, DATA_NAME = "audit.html", "audit.json"
 
@@ -24,21 +27,48 @@ def write_audit(audit: Audit, folder: Path, command: str) -> Path:
 
     Returns:
         The page.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     # Imported late: matplotlib takes its time.
     from ivl_lightning.reporting.audit.page import render
+    from ivl_lightning.reporting.environment import environment
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / DATA_NAME, json.dumps(audit.as_json(), ensure_ascii=False, indent=1) + "\n")
-    write_whole(folder / PAGE_NAME, render(audit, command))
+    versions = environment()
+    write_whole(folder / DATA_NAME, as_text({**audit.as_json(), "command": command, "environment": versions}))
+    write_whole(folder / PAGE_NAME, [render(audit, command, versions)])
     return folder / PAGE_NAME
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file at once: whoever looks sees the old one or the new one."""
+def as_text(content: dict[str, Any]) -> Iterator[str]:
+    """JSON piece by piece: of a million findings there is never more than one as text."""
+    yield from json.JSONEncoder(ensure_ascii=False, indent=1, default=_plain).iterencode(content)
+    yield "\n"
+
+
+def _plain(value: object) -> dict[str, Any]:
+    if isinstance(value, Flagged | Example):
+        return value.as_json()
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file at once: whoever looks sees the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def drop_list(flagged: list[Flagged], rules: Collection[str] | None) -> str:
@@ -59,13 +89,25 @@ def drop_list(flagged: list[Flagged], rules: Collection[str] | None) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write_drop_list(path: Path, text: str) -> None:
+def write_drop_list(path: Path, text: str, exclude: Path | None = None) -> None:
     """Write an exclusion list, but never over one that a person may have edited.
+
+    A run takes one list, so the lines of the list it had already come first. That one may be the same file, which then
+    grows.
+
+    Args:
+        path: of the list.
+        text: its new lines.
+        exclude: list whose rows were left out of the audit.
 
     Raises:
         FileExistsError: the file is there and holds something else.
+        OSError: it cannot be written.
     """
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    known = "" if exclude is None else exclude.read_text(encoding="utf-8")
+    if known and not known.endswith("\n"):
+        known += "\n"
+    grows = exclude is not None and path.exists() and path.samefile(exclude)
+    if not grows and path.is_file() and path.read_text(encoding="utf-8") != known + text:
         raise FileExistsError(f"drop={path} is there and would change: look at it, then remove it or give another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    write_whole(path, [known, text])

@@ -29,32 +29,6 @@ class Concern:
     example: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Flagged:
-    """A row that breaks a quality rule.
-
-    Attributes:
-        dataset, file, line, id: the row.
-        digest: 16 hexadecimal digits of the row's bytes, as in an exclusion list.
-        rule: of `ivl_lightning.data.quality.RULES`.
-        text: the place.
-        value: what was found.
-        limit: what the rule allows.
-        message: one sentence for a person.
-    """
-
-    dataset: str
-    file: str
-    line: int
-    id: str | None
-    digest: str
-    rule: str
-    text: str
-    value: float
-    limit: float
-    message: str
-
-
 @dataclass(slots=True)
 class Remark:
     """Rows of one dataset that share a property, counted, and the first of them."""
@@ -74,12 +48,15 @@ class Scan:
     """What reading every row of a dataset brings to light.
 
     Attributes:
-        kinds: rows with one image (`image`), several (`images`), a `video`, or `text` alone.
+        kinds: rows with one image (`image`), several (`images`), a `video`, or `text` alone. Rejected rows count too,
+            where their media field can be read; rows set aside on purpose do not.
         remarks: property -> rows that have it.
+        unchecked: pictures whose headers were not looked at, since each would have to be fetched.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     remarks: dict[str, Remark] = field(default_factory=dict)
+    unchecked: int = 0
 
     def remark(self, name: str, place: str) -> None:
         """Note that a row has a property."""
@@ -119,7 +96,10 @@ class DatasetFacts:
         rejected: rows that cannot, by reason.
         set_aside: rejected rows that do not count against the limit.
         opened: rows whose pictures were decoded.
-        kinds: rows by kind of media.
+        broken: opened rows that cannot be used.
+        held_back: usable rows that `data.val_rows` keeps for validation.
+        kinds: rows by kind of media; see `Scan`.
+        unchecked: pictures whose headers were not looked at.
         samples: of an epoch.
         shares: this dataset's part of the epoch's `samples`, `tokens` and `tiles`.
         spreads: of `tokens`, `tiles` and `labels` over the rows; empty without a usable row.
@@ -136,7 +116,10 @@ class DatasetFacts:
     rejected: dict[str, int]
     set_aside: int
     opened: int
+    broken: int
+    held_back: int
     kinds: dict[str, int]
+    unchecked: int
     samples: int
     shares: dict[str, float]
     spreads: dict[str, Spread]
@@ -156,7 +139,8 @@ class Forecast:
         most_samples: of a pack.
         packs_per_step: of the settings.
         steps: optimizer steps of the epoch.
-        idle: modeled share of time that ranks wait for the dearest pack of their step, with a rank for each pack.
+        idle: modeled share of time that ranks wait for the dearest pack of their step, with a rank for each pack; None
+            for a single pack a step, where there is nobody to wait for.
     """
 
     samples: int
@@ -171,15 +155,28 @@ class Forecast:
     most_samples: int
     packs_per_step: int
     steps: int
-    idle: float
+    idle: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The whole in a word: `ok`, `warnings` or `over_limit`, and a sentence."""
+    """The whole in a word.
+
+    Attributes:
+        state: `ok`, `warnings` or `over_limit`.
+        sentence: the same for a person.
+        rows: that the limit refers to.
+        rejected: rows known to be useless, as far as the audit can be certain.
+        estimated: the same, with the rows that were not opened taken to break as often as those that were.
+        uncertain: rows over a cap by approximate token counts alone.
+    """
 
     state: str
     sentence: str
+    rows: int
+    rejected: int
+    estimated: int
+    uncertain: int
 
 
 def place(record: Record) -> str:

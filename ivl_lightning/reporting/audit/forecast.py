@@ -19,7 +19,7 @@ def forecast(corpus: Corpus, config: DataConfig, seed: int, *, cost: Cost, show:
     """What packing makes of the first epoch; None where it has no sample.
 
     Args:
-        corpus: as indexed.
+        corpus: rows that train.
         config: mixture, caps, pool and packs of a step.
         seed: of the run.
         cost: modeled work of the stage.
@@ -28,8 +28,9 @@ def forecast(corpus: Corpus, config: DataConfig, seed: int, *, cost: Cost, show:
     mixture = mixture_of(corpus, config)
     if not epoch_size(mixture):
         return None
+    view = corpus.view([share.name for share in mixture])
     # How labels are weighed does not decide what is packed.
-    plan = TrainingPlan(corpus.plan_rows, mixture, plan_settings(config, seed=seed, reduction="token", cost=cost))
+    plan = TrainingPlan(view.plan_rows, mixture, plan_settings(config, seed=seed, reduction="token", cost=cost))
     steps = tracked(plan.epoch(0), "forecasting steps", int(plan.fewest_steps()) + 1, show=show)
     return summarize([_bare(step) for step in steps], config)
 
@@ -62,5 +63,8 @@ def summarize(steps: Sequence[tuple[list[tuple[int, int, int]], tuple[float, ...
         most_samples=int(packs[:, 0].max()),
         packs_per_step=config.packs_per_step,
         steps=len(steps),
-        idle=idle_share([cost for _, costs in steps for cost in costs], config.packs_per_step),
+        # Alone nobody waits: of how many ranks there will be, a single pack a step says nothing.
+        idle=idle_share([cost for _, costs in steps for cost in costs], config.packs_per_step)
+        if config.packs_per_step > 1
+        else None,
     )

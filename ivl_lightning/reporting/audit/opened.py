@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ivl_lightning.data.annotations import media_of
 from ivl_lightning.data.augmentation import sample_rng
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.encoding import RowEncoder
 from ivl_lightning.data.ledger import reject
+from ivl_lightning.reporting.audit.findings import Scan
+from ivl_lightning.reporting.audit.headers import is_remote, note_headers
 from ivl_lightning.reporting.audit.progress import tracked
 from ivl_lightning.reporting.audit.tiles import ShownImage, shown_images
 from ivl_lightning.reporting.audit.token_text import Span, token_spans
@@ -36,9 +39,10 @@ class Example:
     images: list[ShownImage]
     spans: list[Span]
 
-    def numbers(self) -> dict[str, int | str | None]:
-        """Its place and cost."""
-        return {name: getattr(self, name) for name in ("line", "id", "tokens", "labels", "tiles")}
+    def as_json(self) -> dict[str, object]:
+        """Everything but the pixels."""
+        numbers = {name: getattr(self, name) for name in ("line", "id", "tokens", "labels", "tiles", "spans")}
+        return {**numbers, "images": [{"name": image.name, "note": image.note} for image in self.images]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,12 @@ class Opened:
     examples: list[list[Example]]
 
 
-def open_rows(corpus: Corpus, *, rows: int | None, examples: int, seed: int, show: bool) -> Opened:
+def open_rows(corpus: Corpus, scans: list[Scan], *, rows: int | None, examples: int, seed: int, show: bool) -> Opened:
     """Open rows of each dataset; the same ones each time, whatever the order of the file.
 
     Args:
         corpus: as indexed.
+        scans: of each dataset; the headers of pictures behind URLs are noted there.
         rows: of each dataset, those with the smallest content hashes; None opens all.
         examples: of each dataset, the first of them.
         seed: of the augmentation.
@@ -69,16 +74,25 @@ def open_rows(corpus: Corpus, *, rows: int | None, examples: int, seed: int, sho
     chosen = list(_chosen(corpus, rows))
     opened = Opened([0] * len(corpus.specs), {}, [[] for _ in corpus.specs])
     for row in tracked(chosen, "opening rows", len(chosen), show=show):
-        dataset, record = corpus.locate(row)
+        dataset, record = corpus.place(row)
         encoder = corpus.encoders[dataset]
         opened.counts[dataset] += 1
         try:
+            record = corpus.locate(row)[1]
             encoded = encoder.encode(record, sample_rng(seed, 0, row))
+            _note_remote(scans[dataset], encoder, record, encoded)
             if len(opened.examples[dataset]) < examples:
                 opened.examples[dataset].append(_example(encoder, record, encoded))
         except RowError as error:
             opened.broken[row] = reject(record, error)
     return opened
+
+
+def _note_remote(scan: Scan, encoder: RowEncoder, record: Record, encoded: Encoded) -> None:
+    media = media_of(record.row)
+    if is_remote(media, encoder.reader):
+        note_headers(scan, encoder, record, media, 0 if encoded.pixel_values is None else len(encoded.pixel_values))
+        scan.unchecked -= len(media.images)
 
 
 def _chosen(corpus: Corpus, rows: int | None) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import TypeVar
 
 from jinja2 import Environment, StrictUndefined
 
@@ -12,11 +13,11 @@ from ivl_lightning.reporting.audit.audit import Audit
 from ivl_lightning.reporting.audit.figures import histogram_figure
 from ivl_lightning.reporting.audit.findings import DatasetFacts, Forecast
 from ivl_lightning.reporting.audit.statistics import MEASURES
-from ivl_lightning.reporting.environment import environment
 from ivl_lightning.reporting.table import percent
 
-MOST_LINES = 2000
-"""Rejected or flagged rows on the page; all of them are in the JSON file."""
+MOST_LINES = 500
+"""Rows of each reason or rule on the page, so that a frequent one hides none; all of them are in the JSON file."""
+Line = TypeVar("Line")
 _TEMPLATE = "audit.html.jinja"
 
 DATASET_COLUMNS = (
@@ -34,13 +35,16 @@ DATASET_COLUMNS = (
 SPREAD_COLUMNS = ("", "total", "smallest", "median", "mean", "95 %", "largest")
 
 
-def render(audit: Audit, command: str) -> str:
+def render(audit: Audit, command: str, versions: dict[str, str]) -> str:
     """The page as text.
 
     Args:
         audit: what was found.
         command: that asked for it.
+        versions: of what made it.
     """
+    validation = [] if audit.validation is None else audit.validation.rejects
+    rejects = [*audit.rejects, *validation]
     template = files("ivl_lightning.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return pages.from_string(template).render(
@@ -51,13 +55,27 @@ def render(audit: Audit, command: str) -> str:
         datasets=[_dataset(facts, examples) for facts, examples in zip(audit.datasets, audit.examples, strict=True)],
         spread_columns=SPREAD_COLUMNS,
         packing_rows=[] if audit.packing is None else packing_rows(audit.packing),
-        rejects=audit.rejects[:MOST_LINES],
-        reject_reasons=Counter(line.reason for line in audit.rejects).most_common(),
-        flagged=audit.flagged[:MOST_LINES],
+        rejects=[*_first(audit.rejects, "reason", False), *_first(validation, "reason", True)],
+        num_rejects=len(rejects),
+        reject_reasons=Counter(line.reason for line in rejects).most_common(),
+        most_lines=MOST_LINES,
+        flagged=[line for line, _ in _first(audit.flagged, "rule", False)],
         flagged_rules=Counter(line.rule for line in audit.flagged).most_common(),
         command=command,
-        environment=environment(),
+        environment=versions,
     )
+
+
+def _first(lines: Sequence[Line], group: str, mark: bool) -> list[tuple[Line, bool]]:
+    """The first lines of each reason or rule, in order, each with a mark."""
+    seen: Counter[str] = Counter()
+    shown = []
+    for line in lines:
+        name = getattr(line, group)
+        seen[name] += 1
+        if seen[name] <= MOST_LINES:
+            shown.append((line, mark))
+    return shown
 
 
 def _headline(audit: Audit) -> list[tuple[str, str]]:
@@ -120,7 +138,7 @@ def packing_rows(packing: Forecast) -> list[tuple[str, str, str]]:
         ("steps of an epoch", f"{packing.steps:,}", f"of data.packs_per_step={packing.packs_per_step:,}"),
         (
             "ranks idle",
-            percent(packing.idle),
+            "needs data.packs_per_step" if packing.idle is None else percent(packing.idle),
             "of their time, waiting for the dearest pack of the step: modeled, with one pack of a step for each rank",
         ),
     ]

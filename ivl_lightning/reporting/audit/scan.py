@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,43 +10,20 @@ from numpy.typing import NDArray
 from ivl_lightning.data.annotations import RowMedia, media_of
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import reject
-from ivl_lightning.data.locations import url_scheme
-from ivl_lightning.data.measuring import digest_text
 from ivl_lightning.data.media import MediaReader
-from ivl_lightning.data.quality import (
-    ANSWER_LENGTH,
-    DUPLICATE,
-    REPEATED_LINES,
-    REPEATED_NGRAMS,
-    SENTENCE_LENGTH,
-    ZEROS,
-    Hit,
-    check_turns,
-    duplicates,
-    excerpt,
-    most_frequent,
-    row_key,
-    text_key,
-)
+from ivl_lightning.data.quality import DUPLICATE, Hit, check_turns, excerpt
 from ivl_lightning.data.turns import parse_turns
-from ivl_lightning.reporting.audit.findings import Flagged, Remark, Scan, place
+from ivl_lightning.reporting.audit.findings import Remark, Scan, place
+from ivl_lightning.reporting.audit.flagged import Flagged, flag
+from ivl_lightning.reporting.audit.headers import is_remote, note_headers
+from ivl_lightning.reporting.audit.keys import duplicates, most_frequent, row_key, text_key
 from ivl_lightning.reporting.audit.progress import tracked
-from ivl_lightning.structures import Record, Reject, RowError, Turn
+from ivl_lightning.reporting.audit.rejected import note_rejects
+from ivl_lightning.structures import Record, Reject, RowError, RowKey, Turn
 
-EXIF, GRAY16, SMALL, STRETCHED = "exif_rotated", "gray16", "small_picture", "extreme_aspect"
 SAME_IMAGES, SAME_ANSWERS = "same_images", "same_answers"
-SMALLEST_SIDE = 28
-"""Pixels; a token of the model covers 28 x 28 pixels of a tile."""
-LARGEST_ASPECT = 10
-_UPRIGHT = (0, 1)
-
-_MESSAGES = {
-    REPEATED_LINES: "{value:.0%} of the lines repeat an earlier line, more than {limit:.0%}",
-    REPEATED_NGRAMS: "{value:.0%} of the 10-grams repeat an earlier one, more than {limit:.0%}",
-    SENTENCE_LENGTH: "a sentence of {value:,.0f} characters, more than {limit:,.0f}",
-    ANSWER_LENGTH: "an answer of {value:,.0f} characters, more than {limit:,.0f}",
-    ZEROS: "a run of {value:,.0f} zeros, more than {limit:,.0f}",
-}
+_DUPLICATE_EXCERPT = 60
+"""Characters of a duplicate's answer: the whole stands in the row it repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +35,14 @@ class ScanResult:
         flagged: rows that break a quality rule, sorted by dataset and line.
         checked: rows that were read.
         broken: row -> why it could be measured, but not read again.
+        uncertain: rejected rows that are too long by approximate token counts alone.
     """
 
     scans: list[Scan]
     flagged: list[Flagged]
     checked: int
     broken: dict[int, Reject]
+    uncertain: frozenset[RowKey]
 
 
 @dataclass(slots=True)
@@ -76,41 +54,49 @@ class _Keys:
     answers: NDArray[np.uint64]
 
 
-def scan_rows(corpus: Corpus, *, show: bool) -> ScanResult:
-    """Read every usable row of the corpus.
+def scan_rows(corpus: Corpus, *, exact: bool, show: bool) -> ScanResult:
+    """Read every usable row of the corpus, and the rejected ones for what media they ask for.
 
     Args:
         corpus: as indexed.
+        exact: whether token counts are those of the model.
         show: a progress bar.
     """
     count = len(corpus)
     keys = _Keys(np.empty((count, 2), np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.uint64))
     scans = [Scan() for _ in corpus.specs]
+    uncertain = note_rejects(corpus, scans, exact=exact)
+    tiles = corpus.column("tiles")
     flagged: list[Flagged] = []
     broken: dict[int, Reject] = {}
     for row in tracked(range(count), "reading rows", count, show=show):
         # A key of its own, for rows that do not come as far as having one.
         keys.rows[row] = row, 0
-        dataset, record = corpus.locate(row)
+        dataset, record = corpus.place(row)
         try:
-            hits = _scan_row(corpus, row, record, scans[dataset], keys)
+            record = corpus.locate(row)[1]
+            hits = _scan_row(corpus, row, record, scans[dataset], int(tiles[row]), keys)
         except RowError as error:
             broken[row] = reject(record, error)
             continue
-        flagged += [_flagged(corpus, row, record, hit) for hit in hits]
+        flagged += [flag(record, hit) for hit in hits]
     flagged += _duplicates(corpus, keys.rows)
     _note_frequent(corpus, keys, scans)
     order = {spec.name: number for number, spec in enumerate(corpus.specs)}
     flagged.sort(key=lambda line: (order[line.dataset], line.line, line.rule))
-    return ScanResult(scans, flagged, count, broken)
+    return ScanResult(scans, flagged, count, broken, uncertain)
 
 
-def _scan_row(corpus: Corpus, row: int, record: Record, scan: Scan, keys: _Keys) -> tuple[Hit, ...]:
+def _scan_row(corpus: Corpus, row: int, record: Record, scan: Scan, tiles: int, keys: _Keys) -> tuple[Hit, ...]:
     turns, media = parse_turns(record.row), media_of(record.row)
-    reader = corpus.encoders[corpus.dataset_of(row)].reader
-    _note_pictures(scan, record, media, reader)
+    encoder = corpus.encoders[corpus.dataset_of(row)]
     scan.kinds[media.kind] += 1
-    _note_keys(keys, row, turns, _places(media, reader))
+    if is_remote(media, encoder.reader):
+        # Fetched once to measure them; those of opened rows are looked at when they are opened.
+        scan.unchecked += len(media.images)
+    else:
+        note_headers(scan, encoder, record, media, tiles)
+    _note_keys(keys, row, turns, _places(media, encoder.reader))
     return check_turns(turns)
 
 
@@ -125,30 +111,6 @@ def _note_keys(keys: _Keys, row: int, turns: tuple[Turn, ...], places: list[str]
     keys.rows[row] = np.frombuffer(row_key(turns, places), dtype="<u8")
     keys.images[row] = text_key(places) if places else 0
     keys.answers[row] = text_key([turns[-1].text.strip()])
-
-
-def _note_pictures(scan: Scan, record: Record, media: RowMedia, reader: MediaReader) -> None:
-    """What headers tell, each once a row. Pictures behind a URL were fetched once to measure them; not again."""
-    found = {name for path in media.images if _is_local(path, reader) for name in _remarks(path, reader)}
-    for name in sorted(found):
-        scan.remark(name, place(record))
-
-
-def _is_local(path: str, reader: MediaReader) -> bool:
-    return url_scheme(path) is None and url_scheme(reader.root) is None
-
-
-def _remarks(path: str, reader: MediaReader) -> Iterator[str]:
-    header = reader.header(path)
-    short, long = sorted((header.width, header.height))
-    if header.orientation not in _UPRIGHT and not reader.exif_transpose:
-        yield EXIF
-    if header.mode.startswith("I;16") and reader.gray16 == "clip":
-        yield GRAY16
-    if short < SMALLEST_SIDE:
-        yield SMALL
-    if long > LARGEST_ASPECT * short:
-        yield STRETCHED
 
 
 def _note_frequent(corpus: Corpus, keys: _Keys, scans: list[Scan]) -> None:
@@ -174,31 +136,8 @@ def _note_frequent(corpus: Corpus, keys: _Keys, scans: list[Scan]) -> None:
 def _duplicates(corpus: Corpus, keys: NDArray[np.uint64]) -> list[Flagged]:
     found = []
     for later, first in zip(*duplicates(keys), strict=True):
-        record = corpus.locate(int(later))[1]
-        original = corpus.locate(int(first))[1]
-        message = f"the same media, questions and answers as {original.dataset}, {place(original)}"
+        record, original = corpus.locate(int(later))[1], corpus.locate(int(first))[1]
         text = excerpt(parse_turns(record.row)[-1].text)
-        found.append(_flag(corpus, int(later), record, Hit(DUPLICATE, text, 1, 0), message))
+        short = text if len(text) <= _DUPLICATE_EXCERPT else f"{text[:_DUPLICATE_EXCERPT]}..."
+        found.append(flag(record, Hit(DUPLICATE, short, 1, 0), f"{original.dataset}, {place(original)}"))
     return found
-
-
-def _flagged(corpus: Corpus, row: int, record: Record, hit: Hit) -> Flagged:
-    message = _MESSAGES[hit.rule].format(value=hit.value, limit=hit.limit) if hit.value else "the answer is empty"
-    return _flag(corpus, row, record, hit, message)
-
-
-def _flag(corpus: Corpus, row: int, record: Record, hit: Hit, message: str) -> Flagged:
-    dataset = corpus.dataset_of(row)
-    digest = int(corpus.indexes[dataset].columns["digest"][row - sum(corpus.sizes[:dataset])])
-    return Flagged(
-        dataset=record.dataset,
-        file=record.file,
-        line=record.line,
-        id=record.id,
-        digest=digest_text(digest),
-        rule=hit.rule,
-        text=hit.text,
-        value=hit.value,
-        limit=hit.limit,
-        message=message,
-    )

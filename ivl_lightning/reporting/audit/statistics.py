@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.mixture import Share
+from ivl_lightning.data.plan import spare_frames
+from ivl_lightning.data.stream import mixture_of
 from ivl_lightning.reporting.audit.findings import DatasetFacts, Histogram, Scan, Spread, reasons
 from ivl_lightning.reporting.audit.opened import Opened
 from ivl_lightning.structures import Reject
@@ -20,34 +24,53 @@ _LOG_RATIO = 30
 
 
 def dataset_facts(
-    corpus: Corpus, mixture: Sequence[Share], scans: list[Scan], opened: Opened, rejects: list[list[Reject]]
+    corpus: Corpus,
+    train: Corpus,
+    config: DataConfig,
+    scans: list[Scan],
+    opened: Opened,
+    rejects: list[list[Reject]],
 ) -> list[DatasetFacts]:
     """One per dataset.
 
     Args:
         corpus: as indexed.
-        mixture: samples of each dataset in an epoch.
+        train: the rows of it that train.
+        config: of the mixture.
         scans: of the rows.
         opened: which rows were opened.
         rejects: all of each dataset, those found when opened included.
     """
-    shares = _shares(corpus, mixture)
+    mixture = {share.name: share for share in mixture_of(train, config)}
+    shares = _shares(train, mixture, config.max_frames)
+    broken = Counter(line.dataset for line in opened.broken.values())
     return [
         _facts(
             corpus,
             number,
-            mixture[number].samples,
-            shares[number],
             scans[number],
-            opened.counts[number],
             rejects[number],
+            opened=opened.counts[number],
+            broken=broken[spec.name],
+            held_back=corpus.sizes[number] - train.sizes[number],
+            samples=mixture[spec.name].samples if spec.name in mixture else 0,
+            shares=shares[number],
         )
-        for number in range(len(corpus.specs))
+        for number, spec in enumerate(corpus.specs)
     ]
 
 
 def _facts(
-    corpus: Corpus, number: int, samples: int, shares: dict[str, float], scan: Scan, opened: int, rejects: list[Reject]
+    corpus: Corpus,
+    number: int,
+    scan: Scan,
+    rejects: list[Reject],
+    *,
+    opened: int,
+    broken: int,
+    held_back: int,
+    samples: int,
+    shares: dict[str, float],
 ) -> DatasetFacts:
     spec, index = corpus.specs[number], corpus.indexes[number]
     rows = len(index) + len(index.rejects)
@@ -63,25 +86,30 @@ def _facts(
         rejected=reasons(rejects),
         set_aside=sum(not line.counted for line in rejects),
         opened=opened,
+        broken=broken,
+        held_back=held_back,
         kinds=dict(scan.kinds.most_common()),
+        unchecked=scan.unchecked,
         samples=samples,
         shares=shares,
         spreads={name: spread(index.columns[name]) for name in MEASURES} if len(index) else {},
     )
 
 
-def _shares(corpus: Corpus, mixture: Sequence[Share]) -> list[dict[str, float]]:
-    """Parts of an epoch: a dataset's mean row as often as it is sampled; a video with half of its spare frames."""
+def _shares(corpus: Corpus, mixture: Mapping[str, Share], max_frames: int) -> list[dict[str, float]]:
+    """Parts of an epoch: a dataset's mean row as often as it is sampled; a video with the frames of a mean draw."""
     frame = _tokens_per_frame(corpus)
     parts: dict[str, list[float]] = {"samples": [], "tokens": [], "tiles": []}
-    for index, share in zip(corpus.indexes, mixture, strict=True):
-        columns, times = index.columns, share.samples / max(share.rows, 1)
-        spare = float((columns["frames"] - columns["min_frames"]).sum()) / 2
-        parts["samples"].append(share.samples)
+    for index in corpus.indexes:
+        columns, share = index.columns, mixture.get(index.name)
+        samples = share.samples if share else 0
+        times = samples / max(len(index), 1)
+        spare = float(spare_frames(columns["frames"], columns["min_frames"], max_frames).sum())
+        parts["samples"].append(samples)
         parts["tokens"].append((float(columns["tokens"].sum()) - spare * frame) * times)
         parts["tiles"].append((float(columns["tiles"].sum()) - spare) * times)
     totals = {name: sum(values) or 1.0 for name, values in parts.items()}
-    return [{name: parts[name][number] / totals[name] for name in parts} for number in range(len(mixture))]
+    return [{name: parts[name][number] / totals[name] for name in parts} for number in range(len(corpus.indexes))]
 
 
 def _tokens_per_frame(corpus: Corpus) -> float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.annotations import DatasetSpec
 from ivl_lightning.data.index import DatasetIndex
-from ivl_lightning.reporting.audit.findings import Concern, DatasetFacts, Flagged, Remark, Scan
+from ivl_lightning.reporting.audit.findings import Concern, DatasetFacts, Remark, Scan
+from ivl_lightning.reporting.audit.flagged import Flagged
 from ivl_lightning.structures import Reject
 
 
@@ -19,7 +20,7 @@ class Subject:
         spec, index: the dataset.
         facts, scan: its numbers.
         rejects: its rows that cannot be used.
-        broken: those of them that broke only when they were opened.
+        uncertain: those of them that are too long by approximate token counts alone.
         flagged: its rows that break a quality rule.
         config: of the run.
         tokens_per_tile: of the model.
@@ -31,7 +32,7 @@ class Subject:
     facts: DatasetFacts
     scan: Scan
     rejects: list[Reject]
-    broken: int
+    uncertain: list[Reject]
     flagged: list[Flagged]
     config: DataConfig
     tokens_per_tile: int
@@ -47,13 +48,21 @@ class Subject:
         return self.config.max_tiles if self.spec.max_dynamic_patch is None else self.spec.max_dynamic_patch
 
     @property
+    def tile_setting(self) -> str:
+        """The setting that limits a picture's tiles, with its value."""
+        own = self.spec.max_dynamic_patch
+        if own is None:
+            return f"data.max_tiles is {self.max_tiles} and the dataset has no max_dynamic_patch"
+        return f"max_dynamic_patch is {own}"
+
+    @property
     def videos(self) -> int:
-        """Rows with a video."""
+        """Rows with a video, those that cannot be used included."""
         return self.scan.kinds["video"]
 
     @property
     def pictures(self) -> int:
-        """Rows with one picture or more."""
+        """Rows with one picture or more, those that cannot be used included."""
         return self.scan.kinds["image"] + self.scan.kinds["images"]
 
     def concern(self, rule: str, rows: int, message: str, advice: str, example: str = "") -> Concern:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ivl_lightning.data.annotations import media_of
 from ivl_lightning.data.encoding import RowEncoder
-from ivl_lightning.data.tiling import choose_grid, tile_budget
+from ivl_lightning.data.tiling import choose_grid
+from ivl_lightning.reporting.audit.headers import tile_limit
 from ivl_lightning.structures import Record
 
 SHOWN_SIDE = 168
@@ -79,9 +80,8 @@ def _picture(path: str, size: tuple[int, int], grid: tuple[int, int], pixels: Te
 
 def _grids(encoder: RowEncoder, sizes: Sequence[tuple[int, int]], counts: Sequence[int]) -> list[tuple[int, int]]:
     """The grids whose tiles were counted: those of the row's limit, or of the lower one it was shrunk to."""
-    settings, own = encoder.settings, encoder.spec.max_dynamic_patch
-    limit = settings.max_tiles if own is None or not settings.dataset_tiles else own
-    for max_tiles in range(tile_budget(limit, len(sizes)), 0, -1):
+    settings = encoder.settings
+    for max_tiles in range(tile_limit(encoder, len(sizes)), 0, -1):
         least = min(settings.min_tiles, max_tiles)
         grids = [
             choose_grid(*size, min_tiles=least, max_tiles=max_tiles, tile_size=settings.tile_size) for size in sizes

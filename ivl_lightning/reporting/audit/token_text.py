@@ -46,20 +46,24 @@ def token_spans(
     kind_of = _kinds(tokenizer)
     groups = groupby(zip(input_ids, trained, strict=True), key=lambda token: (kind_of(token[0]), token[1]))
     spans: list[Span] = []
-    shown = 0
+    shown = rest = rest_trained = 0
     for (kind, is_trained), tokens in groups:
         ids = [token for token, _ in tokens]
-        if kind == SLOT:
-            spans.append(Span(SLOT, is_trained, _slot(len(ids), tokens_per_tile)))
-            continue
-        if shown > MOST_TOKENS:
-            spans.append(Span(CUT, is_trained, f"{len(ids):,} more tokens"))
-            continue
-        spans += _spans(kind, is_trained, ids[:MOST_TOKENS] if kind == TEXT else ids, tokenizer)
-        if kind == TEXT and len(ids) > MOST_TOKENS:
-            spans.append(Span(CUT, is_trained, f"{len(ids) - MOST_TOKENS:,} more tokens"))
-        shown += len(ids)
+        fits = 0 if rest else _fitting(kind, len(ids), MOST_TOKENS - shown)
+        if fits:
+            spans += _spans(kind, is_trained, ids[:fits], tokenizer, tokens_per_tile)
+        shown += 0 if kind == SLOT else fits
+        rest += len(ids) - fits
+        rest_trained += is_trained * (len(ids) - fits)
+    if rest:
+        trained_part = f", {rest_trained:,} of them trained" if rest_trained else ""
+        spans.append(Span(CUT, bool(rest_trained), f"{rest:,} more tokens{trained_part}"))
     return spans
+
+
+def _fitting(kind: str, count: int, room: int) -> int:
+    """How many of a span's tokens are shown: the slots of an image take one line whatever their number."""
+    return count if kind == SLOT else min(count, max(room, 0))
 
 
 def _kinds(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
@@ -75,7 +79,11 @@ def _slot(count: int, tokens_per_tile: int) -> str:
     return f"{text} ({tiles} tiles)" if tiles > 1 else text
 
 
-def _spans(kind: str, trained: bool, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+def _spans(
+    kind: str, trained: bool, ids: list[int], tokenizer: PreTrainedTokenizerBase, tokens_per_tile: int
+) -> list[Span]:
+    if kind == SLOT:
+        return [Span(SLOT, trained, _slot(len(ids), tokens_per_tile))]
     if kind == SPECIAL:
         return [Span(SPECIAL, trained, str(token)) for token in tokenizer.convert_ids_to_tokens(ids)]
     # Not `convert_tokens_to_string`: only `decode` knows every family's blanks and bytes.
