@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import fsspec  # type: ignore[import-untyped]  # it ships no hints
-from fsspec.dircache import DirCache  # type: ignore[import-untyped]
+from fsspec.dircache import DirCache  # type: ignore[import-untyped]  # nor here
 
 from ivl_lightning.data.locations import shown, url_scheme
 

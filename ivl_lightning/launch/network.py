@@ -44,7 +44,7 @@ def shapes_of(model: ModelConfig, init_from: str | None = None) -> InternVLConfi
 
 def trained_parts(stage: StageConfig) -> Sequence[Part]:
     """Parts that get gradients: the configured ones, or the stage's own choice."""
-    return stage.trainable or get_class(stage._target_).default_trainable  # type: ignore[attr-defined]  # a stage's
+    return stage.trainable or get_class(stage._target_).default_trainable  # type: ignore[attr-defined]  # of a stage class
 
 
 def cost_of(model: ModelConfig, stage: StageConfig, shapes: InternVLConfig) -> tuple[float, float, float]:
