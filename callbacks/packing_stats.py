@@ -96,7 +96,7 @@ def _counts(batch: PackedBatch, datasets: int) -> Tensor:
     """Samples, tokens and tiles of each dataset in a micro-batch, `[datasets * 3]`."""
     counts = torch.zeros(datasets, 3)
     lengths = batch.cu_seqlens.diff().tolist()
-    # An empty micro-batch has one document of filler, which is no sample.
+    # strict=False: an empty micro-batch has one document of filler, which is no sample.
     for dataset, length, tiles in zip(batch.sample_datasets, lengths, batch.sample_tiles, strict=False):
         counts[dataset] += torch.tensor([1.0, length, tiles])
     return counts.flatten()

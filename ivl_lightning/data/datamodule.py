@@ -27,7 +27,7 @@ from ivl_lightning.data.ledger import Ledger
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.ranks import check_agreement, gathered
-from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler
+from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, whole_item
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import get_template
 from ivl_lightning.structures import PackedBatch, PromptBatch, Record, Reject, RowKey
@@ -249,7 +249,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: Any, sampler: FixedSampler | StreamSampler) -> PlannedLoader:
         return PlannedLoader(
-            dataset, batch_size=None, sampler=sampler, num_workers=self.config.num_workers, collate_fn=_identity
+            dataset, batch_size=None, sampler=sampler, num_workers=self.config.num_workers, collate_fn=whole_item
         )
 
     @property
@@ -390,7 +390,3 @@ def datamodule_of(trainer: L.Trainer) -> DynamicPackingDataModule:
             f"this stage and its callbacks need a DynamicPackingDataModule, got {type(datamodule).__name__}"
         )
     return datamodule
-
-
-def _identity(batch: Any) -> Any:
-    return batch

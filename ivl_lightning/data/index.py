@@ -108,13 +108,6 @@ def build_indexes(
         return tuple(_index(encoder, path, measuring) for encoder, path in zip(encoders, paths, strict=True))
 
 
-def build_index(
-    encoder: RowEncoder, *, cache_dir: Path | None = None, workers: int | None = None, progress: bool = True
-) -> DatasetIndex:
-    """Index of one dataset; see `build_indexes`."""
-    return build_indexes([encoder], cache_dir=cache_dir, workers=workers, progress=progress)[0]
-
-
 def _index(encoder: RowEncoder, path: Path | None, measuring: _Measuring) -> DatasetIndex:
     measured = measuring.whole(encoder) if path is None else _cached(encoder, path, measuring)
     return DatasetIndex(encoder.spec.name, encoder.spec.annotation, measured.columns, measured.rejects)

@@ -17,6 +17,7 @@ from ivl_lightning.data.annotations import AnnotationFile
 from ivl_lightning.data.encoding import RowEncoder
 from ivl_lightning.data.json_spans import RowSpan
 from ivl_lightning.data.ledger import reject
+from ivl_lightning.data.sampler import whole_item
 from ivl_lightning.structures import Record, Reject, RowError, SampleCost
 
 COLUMNS: dict[str, type[np.generic]] = {
@@ -80,7 +81,7 @@ def measure_rows(
     # The library's loader keeps the order, ends when this process is killed and reports a worker that dies.
     chunks = _Chunks(file, start, only)
     yield from DataLoader(
-        _Stretches(encoder, file), sampler=chunks, batch_size=None, num_workers=workers, collate_fn=_same
+        _Stretches(encoder, file), sampler=chunks, batch_size=None, num_workers=workers, collate_fn=whole_item
     )
 
 
@@ -168,7 +169,3 @@ def digest_number(text: str) -> int:
 def digest_text(number: int) -> str:
     """A digest of the index, as lists for people show it."""
     return f"{number:016x}"
-
-
-def _same(stretch: Any) -> Any:
-    return stretch

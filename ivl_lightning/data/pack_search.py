@@ -166,6 +166,7 @@ def _first_fit(scarce: list[float], other: list[float], scarce_room: float, othe
 
 
 def _num_shared(first: list[int], second: list[int]) -> int:
+    # strict=False: chains may differ in length, and the shorter may be the beginning of the longer.
     for number, (one, two) in enumerate(zip(first, second, strict=False)):
         if one != two:
             return number

@@ -74,6 +74,7 @@ class TrainingStream:
 
     Attributes:
         mixture: of the current epoch; in the rest of an epoch that another run began it may be that run's.
+        view: the datasets of the current epoch; its packs count their rows.
         position: of training, which a checkpoint keeps.
 
     Raises:
@@ -87,12 +88,11 @@ class TrainingStream:
         self.mixture = self._own_mixture = mixture_of(corpus, config)
         if not self.mixture:
             raise ValueError(NO_ROW)
+        self.view = self._view()
         self._plan = TrainingPlan(self.view.plan_rows, self.mixture, settings)
         self._finished = False
 
-    @property
-    def view(self) -> Corpus:
-        """The datasets of the current epoch; its packs count their rows."""
+    def _view(self) -> Corpus:
         return self.corpus.view([share.name for share in self.mixture])
 
     def begin(self, epoch: int) -> None:
@@ -127,6 +127,7 @@ class TrainingStream:
     def _set(self, mixture: tuple[Share, ...], cost: Cost, epoch: int, plan_state: dict[str, Any] | None) -> None:
         if (mixture, cost) != (self.mixture, self._plan.settings.cost):
             self.mixture = mixture
+            self.view = self._view()
             self._plan = TrainingPlan(self.view.plan_rows, mixture, replace(self.settings, cost=cost))
         self.position.epoch, self.position.state = epoch, plan_state
 

@@ -23,7 +23,7 @@ from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.annotations import read_meta
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.encoding import RowEncoder, encoder_factory
-from ivl_lightning.data.index import build_index
+from ivl_lightning.data.index import build_indexes
 from ivl_lightning.structures import Record, SampleCost
 from tests import tiny
 
@@ -63,7 +63,7 @@ def bench_measuring(folder: Path, count: int) -> None:
     for name in ("text", "images"):
         encoder = encoder_of(folder / f"{name}.json")
         start = time.process_time()
-        index = build_index(encoder, workers=1, progress=False)
+        (index,) = build_indexes([encoder], workers=1, progress=False)
         rate = count / (time.process_time() - start)
         tokens = index.columns["tokens"].mean()
         print(f"| index, {name} rows of {tokens:,.0f} tokens, one process | {rate:,.0f} rows/s |")
@@ -100,7 +100,7 @@ def first_run(folder: Path, meta: Path) -> None:
     encoder = data_module(meta, folder / "cache")._encoder(training=True)(read_meta(meta)[0])
     encoder.__class__ = ConstantEncoder
     start = time.monotonic()
-    index = build_index(encoder, cache_dir=folder / "cache", progress=False)
+    (index,) = build_indexes([encoder], cache_dir=folder / "cache", progress=False)
     seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"| first pass over {len(index):,} rows, all cores, nothing measured | {seconds:.0f} s, peak {peak:.2f} GB |")
 

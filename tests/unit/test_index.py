@@ -18,7 +18,7 @@ from ivl_lightning.data.annotations import AnnotationFile, read_meta
 from ivl_lightning.data.corpus import read_corpus
 from ivl_lightning.data.encoding import encoder_factory
 from ivl_lightning.data.exclusion import check_exclusions, read_exclusions
-from ivl_lightning.data.index import build_index, build_indexes
+from ivl_lightning.data.index import DatasetIndex, build_indexes
 from ivl_lightning.data.index_file import IndexParts, IndexWriteError, read_index, write_index
 from ivl_lightning.data.locations import MediaError
 from ivl_lightning.data.measuring import COLUMNS, concatenate, digest_text, measure_rows, row_digest
@@ -56,6 +56,10 @@ def assert_equal(one, two):
     assert one.rejects == two.rejects
     for name in COLUMNS:
         assert np.array_equal(one.columns[name], two.columns[name]), name
+
+
+def build_index(encoder, **options) -> DatasetIndex:
+    return build_indexes([encoder], **options)[0]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from itertools import pairwise
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def histogram_figure(facts: DatasetFacts) -> str | None:
 
 def _draw(axes: Axes, values: Spread, color: str) -> None:
     histogram = values.histogram
-    widths = [stop - start for start, stop in zip(histogram.edges, histogram.edges[1:], strict=False)]
+    widths = [stop - start for start, stop in pairwise(histogram.edges)]
     axes.bar(
         histogram.edges[:-1], histogram.counts, widths, align="edge", color=color, edgecolor="white", linewidth=0.4
     )
