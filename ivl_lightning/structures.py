@@ -119,12 +119,14 @@ class SampleCost:
         labels: supervised tokens, the first token of the document left out.
         tiles: tiles per image or frame, in order; empty for text.
         video: frames, for a row with a video.
+        chosen_labels: those of the labels that the chosen answer of a preference pair has; 0 for conversations.
     """
 
     tokens: int
     labels: int
     tiles: tuple[int, ...]
     video: VideoCost | None = None
+    chosen_labels: int = 0
 
     @property
     def num_tiles(self) -> int:
@@ -143,6 +145,25 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+    pixel_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """One preference pair ready for a pack: what both answers share stands once.
+
+    Attributes:
+        prompt_ids: P token ids up to where the answers part.
+        chosen_ids, chosen_labels: C ids and labels of the rest of the chosen conversation.
+        rejected_ids, rejected_labels: R ids and labels of the rest of the rejected one.
+        pixel_values: uint8 tiles `[N, 3, S, S]` of the prompt, or None for text.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    chosen_labels: list[int]
+    rejected_ids: list[int]
+    rejected_labels: list[int]
     pixel_values: Tensor | None
 
 
@@ -172,6 +193,7 @@ class PlannedPack:
         num_micro_steps: micro-steps of a step on this rank (A).
         packs_per_step: packs of a step over all ranks (A * R).
         weight_sum: the step's planned sum of loss weights over all its packs (W).
+        step_samples: the step's planned number of samples over all its packs.
         progress: share of the run's samples consumed once this step is done, 0 to 1.
         idle: share of the step's modeled work time that ranks spend waiting for the slowest.
     """
@@ -185,6 +207,7 @@ class PlannedPack:
     weight_sum: float
     progress: float
     idle: float = 0.0
+    step_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +243,92 @@ class PackedBatch:
     sample_tiles: tuple[int, ...]
     planned: PlannedPack
     rejects: tuple[Reject, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceBatch:
+    """One micro-batch of D preference pairs side by side in one row of L tokens: `[prompt | chosen | rejected]` each.
+
+    Queries are cut into 3 D segments (prompt, chosen, rejected of each pair); the keys of a segment are its pair's
+    prompt and itself, gathered by `key_rows`, so that the two answers see the prompt and not each other. Positions of
+    both answers continue behind the prompt.
+
+    Attributes:
+        input_ids, position_ids: `[1, L]`.
+        cu_seqlens: int32 `[D + 1]`, cumulative lengths of whole pairs from 0 to L.
+        cu_queries: int32 `[segments + 1]`, cumulative lengths of the segments from 0 to L.
+        cu_keys: int32 `[segments + 1]`, cumulative numbers of the segments' keys from 0 to K.
+        key_rows: int64 `[K]`, place in the row of each key.
+        pixel_values: uint8 `[N, 3, S, S]`; N may be 0.
+        loss_rows: int64 `[n]`, positions whose hidden state predicts a supervised token.
+        loss_targets: int64 `[n]`, the tokens they predict.
+        loss_responses: int64 `[n]`, the response each belongs to: 2 x pair for the chosen one, 2 x pair + 1 else.
+        response_tokens: float32 `[D, 2]`, supervised tokens of each chosen and rejected response.
+        reference_logps: float32 `[D, 2]`, log-probabilities under the reference model; NaN where not known.
+        sample_ids: dataset, file and line of each pair, for error messages.
+        sample_datasets: number of the dataset each pair belongs to.
+        sample_tiles: tiles of each pair.
+        sample_rows: corpus row of each pair.
+        checksums: of ids and pixels of each pair, by which cached log-probabilities are known to be of this input.
+        planned: where this batch stands in the run.
+        rejects: pairs of the pack that could not be read.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    key_rows: Tensor
+    pixel_values: Tensor
+    loss_rows: Tensor
+    loss_targets: Tensor
+    loss_responses: Tensor
+    response_tokens: Tensor
+    reference_logps: Tensor
+    sample_ids: tuple[str, ...]
+    sample_datasets: tuple[int, ...]
+    sample_tiles: tuple[int, ...]
+    sample_rows: tuple[int, ...]
+    checksums: tuple[int, ...]
+    planned: PlannedPack
+    rejects: tuple[Reject, ...] = ()
+
+    @property
+    def num_pairs(self) -> int:
+        """D; 0 for a rank that has nothing left in the step."""
+        return len(self.sample_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """What preference losses are made of: B pairs of answers, scored by policy and reference.
+
+    Attributes:
+        policy_chosen, policy_rejected: float32 `[B]`, log-probabilities summed over the response.
+        reference_chosen, reference_rejected: the same under the reference model, without gradient.
+        chosen_tokens, rejected_tokens: float32 `[B]`, supervised tokens of each response.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A loss and what it is made of.
+
+    Attributes:
+        loss: scalar to minimize.
+        parts: name -> scalar, before its weight is applied.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

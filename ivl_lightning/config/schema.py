@@ -18,6 +18,9 @@ Resize = Literal["exact", "fast"]
 Gray16 = Literal["clip", "scale"]
 Reduction = Literal["token", "sample", "square"]
 Normaliser = Literal["step", "micro_batch", "micro_batch_local"]
+PairNormaliser = Literal["step", "micro_batch"]
+Reference = Literal["cached", "online"]
+ShiftUpdate = Literal["step", "pair", "micro_batch"]
 Decay = Literal["matrices", "all"]
 Schedule = Literal["cosine", "constant"]
 
@@ -112,6 +115,9 @@ class DataConfig(Strict):
         val_rows: rows held back by a hash of their content, over all datasets; 0 for none.
         cache_dir: where measured rows are kept between runs.
         packs_per_step: packs of an optimizer step over all ranks (the global batch).
+        batch_pairs: preference pairs of an optimizer step; `packs_per_step` packs share them.
+        augmentation_seed: of JPEG degradation and frames in preference training, the same in every epoch and run.
+        generation_meta: meta.json of conversations that preference training answers in validation; null for none.
         max_tokens: tokens of a pack at most.
         max_pack_tiles: tiles of a pack at most.
         max_sample_tokens: tokens of one sample at most; null: `max_tokens`.
@@ -150,6 +156,9 @@ class DataConfig(Strict):
     val_rows: int = 0
     cache_dir: str | None = None
     packs_per_step: int = 1
+    batch_pairs: int = 256
+    augmentation_seed: int = 0
+    generation_meta: str | None = None
     max_tokens: int = 16384
     max_pack_tiles: int = 48
     max_sample_tokens: int | None = None
@@ -197,6 +206,32 @@ class LossConfig(Strict):
     _target_: str = "ivl_lightning.losses.next_token.NextTokenLoss"
     reduction: Reduction = "square"
     normaliser: Normaliser = "step"
+    chunk_rows: int = 4096
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig(Strict):
+    """What the preference stage minimizes.
+
+    Attributes:
+        beta: reward per unit of log-probability ratio; the heads refer to it.
+        parts: name -> `weight` and `head` (`_target_` and arguments of a head of `losses.preference`); null leaves one
+            out.
+        update: when the shift of the quality head moves; the head refers to it. `step`: with each optimizer step.
+            `micro_batch` is official.
+        normaliser: `step` takes means over the step's pairs, `micro_batch` (official) over those of each micro-batch.
+        reference: `cached` log-probabilities of the reference model, computed once; `online` keeps it in memory and
+            runs it beside the policy.
+        max_reward: a reward beyond it, either way, stops the run.
+        chunk_rows: supervised tokens whose logits exist at one time.
+    """
+
+    beta: float = 0.1
+    parts: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    update: ShiftUpdate = "step"
+    normaliser: PairNormaliser = "step"
+    reference: Reference = "cached"
+    max_reward: float = 1000.0
     chunk_rows: int = 4096
 
 
@@ -317,7 +352,8 @@ class RunConfig(Strict):
         model: the network.
         data: of this stage.
         stage_data: stage name -> meta.json of that stage, or settings that replace those of `data`.
-        loss: the loss head.
+        loss: the loss head of supervised stages.
+        preference: the loss of the preference stage.
         optim: optimizer and schedule.
         trainer: length, devices, precision.
         strategy: how ranks share the work.
@@ -332,6 +368,7 @@ class RunConfig(Strict):
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
+    preference: PreferenceConfig
     optim: OptimConfig
     trainer: TrainerConfig
     strategy: StrategyConfig

@@ -56,7 +56,7 @@ def pack_samples(
         position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
         labels=labels.unsqueeze(0),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        pixel_values=_all_tiles([sample.pixel_values for sample in samples], tile_size),
+        pixel_values=all_tiles([sample.pixel_values for sample in samples], tile_size),
         loss_rows=loss_rows,
         loss_targets=labels[loss_rows + 1],
         loss_weights=torch.tensor(weights, dtype=torch.float32),
@@ -84,13 +84,14 @@ def pad_prompts(
     return PromptBatch(
         input_ids=torch.tensor([[pad_id] * pad + ids for (ids, _), pad in zip(prompts, padding, strict=True)]),
         attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding]),
-        pixel_values=_all_tiles([tiles for _, tiles in prompts], tile_size),
+        pixel_values=all_tiles([tiles for _, tiles in prompts], tile_size),
         expected=tuple(expected),
         records=tuple(records),
         counted=tuple(counted),
     )
 
 
-def _all_tiles(tiles: Sequence[Tensor | None], tile_size: int) -> Tensor:
+def all_tiles(tiles: Sequence[Tensor | None], tile_size: int) -> Tensor:
+    """Tiles of all samples in order, uint8 `[N, 3, S, S]`; N is 0 where none has any."""
     present = [tile for tile in tiles if tile is not None]
     return torch.cat(present) if present else torch.empty(0, 3, tile_size, tile_size, dtype=torch.uint8)

@@ -149,6 +149,7 @@ def tokenize_prompt(
     template: str = "internvl2_5",
     num_images: int = 0,
     image_labels: ImageLabels = "keep",
+    answer_start: str = "",
 ) -> TokenizedRow:
     """The conversation up to and including the header of the last answer: what generation starts from.
 
@@ -162,6 +163,7 @@ def tokenize_prompt(
         template: as for `encode_row`.
         num_images: as for `tokenize_row`.
         image_labels: as for `encode_row`.
+        answer_start: beginning of the answer, for generation to continue.
 
     Raises:
         RowError: as `tokenize_row`.
@@ -172,7 +174,7 @@ def tokenize_prompt(
     asked = turns[:-1] if turns[-1].role == "gpt" else turns
     placed = place_images(row, asked, num_images, image_labels)
     blocks = [_turn_pieces(turn, chat) for turn in _with_system(placed, chat)]
-    blocks.append([_Piece(chat.answer_header)])
+    blocks.append([_Piece(chat.answer_header + (chat.lead + answer_start if answer_start else ""))])
     return _tokenize(_join_blocks(blocks, chat), tokenizer)
 
 

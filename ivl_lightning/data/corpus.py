@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from ivl_lightning.data.exclusion import read_exclusions, without_excluded
 from ivl_lightning.data.index import DatasetIndex, build_indexes
 from ivl_lightning.data.json_spans import RowSpan
 from ivl_lightning.data.measuring import digest_text, measure_spans, row_digest
+from ivl_lightning.data.pair_plan import PairRows
 from ivl_lightning.data.plan import PlanRows
 from ivl_lightning.structures import Record, Reject, RowError
 
@@ -70,6 +71,12 @@ class Corpus:
             fewest_frames=self.column("min_frames"),
             frame_tokens=table,
         )
+
+    @cached_property
+    def pair_rows(self) -> PairRows:
+        """What the plan of preference pairs knows of the rows."""
+        rows = {field.name: getattr(self.plan_rows, field.name) for field in fields(self.plan_rows)}
+        return PairRows(**rows, chosen_labels=self.column("chosen_labels"), digests=self.column("digest"))
 
     def dataset_of(self, row: int) -> int:
         """Number of the dataset a row belongs to."""

@@ -6,20 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.annotations import media_of
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
-from ivl_lightning.data.encoding import EncoderFactory, encoder_factory
+from ivl_lightning.data.encoding import EncoderFactory, RowEncoder, encoder_factory
 from ivl_lightning.data.exclusion import check_exclusions
 from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
@@ -30,7 +30,7 @@ from ivl_lightning.data.ranks import check_agreement, gathered
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, whole_item
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import get_template
-from ivl_lightning.structures import PackedBatch, PromptBatch, Record, Reject, RowKey
+from ivl_lightning.structures import PackedBatch, PreferenceBatch, PromptBatch, Record, Reject
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -40,6 +40,9 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     Training batches are `PackedBatch`; validation has two loaders, packs for the loss and `PromptBatch` for answers.
     The datamodule sets the trainer's accumulation: packs_per_step / data-parallel ranks.
+
+    Attributes:
+        trains_pairs: plan preference pairs; see `PreferenceDataModule`.
 
     Args:
         config: paths, caps, tiling, validation.
@@ -53,6 +56,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         look_again: look again at rows of a cached index whose media could not be read. Not where a run goes on from a
             checkpoint: its epoch ends with the rows it began with.
     """
+
+    trains_pairs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -102,7 +107,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
             self._set_up(stage)
         except ValueError as error:
             problem = error
-        check_agreement(problem, (self.train_corpus, self.val_corpus), self._world_size)
+        check_agreement(problem, self._corpora, self._world_size)
+
+    @property
+    def _corpora(self) -> tuple[Corpus | None, ...]:
+        """What all ranks must see alike."""
+        return self.train_corpus, self.val_corpus
 
     def _set_up(self, stage: str) -> None:
         if self.train_corpus is None:
@@ -114,7 +124,12 @@ class DynamicPackingDataModule(L.LightningDataModule):
         if stage == "fit":
             assert self.train_corpus is not None
             settings = plan_settings(
-                self.config, seed=self.seed, reduction=self.reduction, cost=self.cost, epochs=self._epochs
+                self.config,
+                seed=self.seed,
+                reduction=self.reduction,
+                cost=self.cost,
+                epochs=self._epochs,
+                pairs=self.trains_pairs,
             )
             self._stream = TrainingStream(self.train_corpus, self.config, settings)
 
@@ -135,20 +150,24 @@ class DynamicPackingDataModule(L.LightningDataModule):
         Raises:
             ValueError: as `read_corpus`.
         """
-        options: dict[str, Any] = {
-            "cache_dir": self._cache_dir,
-            "progress": progress,
-            "workers": self.config.index_workers,
-            "exclude": self.config.exclude,
-            "look_again": look_again,
-        }
-        train = read_corpus(self.config.meta, self._encoder(training=True), **options)
+        train = self._read(self.config.meta, self._encoder(training=True), progress, look_again)
         validation = None
         if self.config.val_meta is not None:
-            validation = read_corpus(self.config.val_meta, self._encoder(training=False), **options)
+            validation = self._read(self.config.val_meta, self._encoder(training=False), progress, look_again)
         indexes = [*train.indexes, *(() if validation is None else validation.indexes)]
         check_exclusions(self.config.exclude, indexes)
         return train, validation
+
+    def _read(self, meta: str, encoder: EncoderFactory, progress: bool, look_again: bool) -> Corpus:
+        return read_corpus(
+            meta,
+            encoder,
+            cache_dir=self._cache_dir,
+            progress=progress,
+            workers=self.config.index_workers,
+            exclude=self.config.exclude,
+            look_again=look_again,
+        )
 
     def _open_ledger(self, corpora: Sequence[Corpus]) -> None:
         rejects = [line for corpus in corpora for line in corpus.rejects]
@@ -208,7 +227,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         count_in = self._cache_dir if self._rank == 0 else None
         packs = partial(self.stream.packs, self._rank, self._world_size, count_in=count_in)
         self.ledger.read_others()
-        dataset = self._pack_dataset(self.stream.view, augmentation_seed=self.seed, left_out=self.ledger.left_out)
+        dataset = self._train_dataset(self.stream.view)
         self._loader_in_use = self._loader(dataset, StreamSampler(packs))
         return self._loader_in_use
 
@@ -225,27 +244,27 @@ class DynamicPackingDataModule(L.LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
         )
-        loaders: list[DataLoader[Any]] = [
-            self._loader(self._pack_dataset(corpus, augmentation_seed=None), FixedSampler(packs))
-        ]
-        rows = generation_rows(corpus, config.generation_rows)
-        if rows:
-            groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
-            prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size)
-            loaders.append(self._loader(prompts, FixedSampler(groups)))
-        return loaders
+        return [self._loader(self._val_dataset(corpus), FixedSampler(packs)), *self._prompt_loaders()]
 
-    def _pack_dataset(
-        self, corpus: Corpus, *, augmentation_seed: int | None, left_out: frozenset[RowKey] = frozenset()
-    ) -> PackDataset:
-        return PackDataset(
-            corpus,
-            reduction=self.reduction,
-            tile_size=self.config.tile_size,
-            filler_id=self.filler_id,
-            augmentation_seed=augmentation_seed,
-            left_out=left_out,
-        )
+    def _prompt_loaders(self) -> list[DataLoader[Any]]:
+        corpus, config = self.answer_corpus, self.config
+        rows = [] if corpus is None or len(corpus) == 0 else generation_rows(corpus, config.generation_rows)
+        if corpus is None or not rows:
+            return []
+        groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
+        prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size)
+        return [self._loader(prompts, FixedSampler(groups))]
+
+    def _train_dataset(self, corpus: Corpus) -> Dataset[Any]:
+        options = {**self._dataset_options, "left_out": self.ledger.left_out}
+        return PackDataset(corpus, reduction=self.reduction, augmentation_seed=self.seed, **options)
+
+    def _val_dataset(self, corpus: Corpus) -> Dataset[Any]:
+        return PackDataset(corpus, reduction=self.reduction, augmentation_seed=None, **self._dataset_options)
+
+    @property
+    def _dataset_options(self) -> dict[str, Any]:
+        return {"tile_size": self.config.tile_size, "filler_id": self.filler_id}
 
     def _loader(self, dataset: Any, sampler: FixedSampler | StreamSampler) -> PlannedLoader:
         return PlannedLoader(
@@ -261,13 +280,13 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch."""
-        if not isinstance(batch, (PackedBatch, PromptBatch)):
+        if not isinstance(batch, (PackedBatch, PreferenceBatch, PromptBatch)):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(batch)
-            # Document boundaries stay on the CPU: their longest is read there without waiting for the device.
-            if isinstance(value := getattr(batch, field.name), Tensor) and field.name != "cu_seqlens"
+            # Boundaries stay on the CPU: the longest segment is read there without waiting for the device.
+            if isinstance(value := getattr(batch, field.name), Tensor) and not field.name.startswith("cu_")
         }
         changes: dict[str, Any] = moved
         return dataclasses.replace(batch, **changes)
@@ -285,7 +304,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.ledger.count_elsewhere(counted)
         self.ledger.check(self._num_rows, self.config.reject_limit, self.ledger.known)
 
-    def note_trained(self, batch: PackedBatch) -> None:
+    def note_trained(self, batch: PackedBatch | PreferenceBatch) -> None:
         """Move the position behind a batch whose gradients are in the weights, or in the step that is being added up.
 
         Stages call it right behind the optimizer, so that position and weights move together.
@@ -315,9 +334,14 @@ class DynamicPackingDataModule(L.LightningDataModule):
     # -- derived --------------------------------------------------------------------------------------------------
 
     @property
+    def answer_corpus(self) -> Corpus | None:
+        """Validation rows that may be answered by generation."""
+        return self.val_corpus
+
+    @property
     def answered_datasets(self) -> tuple[str, ...]:
         """Datasets with validation rows that are answered by generation, on any rank; empty without validation."""
-        corpus = self.val_corpus
+        corpus = self.answer_corpus
         if corpus is None or len(corpus) == 0:
             return ()
         numbers = {corpus.dataset_of(row) for row in generation_rows(corpus, self.config.generation_rows)}
@@ -339,8 +363,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return reader.load_frames(media.video, [header.frames // 2], media.clip)[0]
 
     def _val_reader(self, dataset: str) -> MediaReader:
-        assert self.val_corpus is not None
-        return next(encoder.reader for encoder in self.val_corpus.encoders if encoder.spec.name == dataset)
+        assert self.answer_corpus is not None
+        return next(encoder.reader for encoder in self.answer_corpus.encoders if encoder.spec.name == dataset)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -373,8 +397,16 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def _encoder(self, *, training: bool) -> EncoderFactory:
+        return self._factory(RowEncoder, training=training)
+
+    def _factory(self, encoder: type[RowEncoder], *, training: bool) -> EncoderFactory:
         return encoder_factory(
-            self.config, self.tokenizer, template=self.template, tile_tokens=self.tile_tokens, training=training
+            self.config,
+            self.tokenizer,
+            template=self.template,
+            tile_tokens=self.tile_tokens,
+            training=training,
+            encoder=encoder,
         )
 
 

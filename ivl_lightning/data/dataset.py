@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -16,43 +17,43 @@ from ivl_lightning.data.ledger import reject
 from ivl_lightning.data.turns import split_last_answer
 from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject, RowError, RowKey
 
+Sample = TypeVar("Sample")
+Batch = TypeVar("Batch", covariant=True)
 
-class PackDataset(Dataset[PackedBatch]):
-    """Builds the micro-batch of a planned pack.
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sample of a pack comes from: corpus row, dataset number, name for error messages."""
+
+    row: int
+    dataset: int
+    name: str
+
+
+class PlannedDataset(Dataset[Batch], Generic[Sample, Batch]):
+    """Builds the micro-batch of a planned pack; subclasses say how a sample is encoded and how samples are laid out.
 
     Args:
         corpus: the rows.
-        reduction: reweighting rule.
         tile_size: side of a tile.
         filler_id: token of an empty micro-batch.
-        augmentation_seed: seed of JPEG degradation; None never degrades (validation).
         left_out: rows that broke before; they are not tried again, so that a resumed run trains on what the run it
             continues would have.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        reduction: str,
-        tile_size: int,
-        filler_id: int,
-        augmentation_seed: int | None,
-        left_out: frozenset[RowKey] = frozenset(),
+        self, corpus: Corpus, *, tile_size: int, filler_id: int, left_out: frozenset[RowKey] = frozenset()
     ) -> None:
         self.corpus = corpus
-        self.reduction = reduction
         self.tile_size = tile_size
         self.filler_id = filler_id
-        self.augmentation_seed = augmentation_seed
         self.left_out = left_out
         self._rows = corpus.plan_rows
 
-    def __getitem__(self, planned: PlannedPack) -> PackedBatch:
+    def __getitem__(self, planned: PlannedPack) -> Batch:
         """A sample that cannot be read is left out and reported; the pack goes on without it."""
-        samples: list[Encoded] = []
-        datasets: list[int] = []
-        names: list[str] = []
+        samples: list[Sample] = []
+        places: list[Place] = []
         rejects: list[Reject] = []
         frames = planned.pack.frames or (0,) * len(planned.pack.samples)
         for sample, count in zip(planned.pack.samples, frames, strict=True):
@@ -66,34 +67,66 @@ class PackDataset(Dataset[PackedBatch]):
             except RowError as error:
                 rejects.append(reject(record, error, trained=True))
                 continue
-            datasets.append(dataset)
-            names.append(f"{record.dataset} {record.file}:{record.line}")
-        return pack_samples(
-            samples,
-            planned=planned,
-            reduction=self.reduction,
-            dataset_ids=datasets,
-            sample_ids=names,
-            filler_id=self.filler_id,
-            tile_size=self.tile_size,
-            rejects=tuple(rejects),
-        )
+            places.append(Place(row, dataset, f"{record.dataset} {record.file}:{record.line}"))
+        return self._lay_out(samples, places, planned, tuple(rejects))
+
+    def _encode(self, dataset: int, record: Record, epoch: int, sample: int, frames: int) -> Sample:
+        """One sample; a RowError leaves it out."""
+        raise NotImplementedError
+
+    def _lay_out(
+        self, samples: list[Sample], places: list[Place], planned: PlannedPack, rejects: tuple[Reject, ...]
+    ) -> Batch:
+        """The micro-batch of samples that could be read."""
+        raise NotImplementedError
+
+    def _check_measured(self, row: int, frames: int, tokens: int, labels: int) -> None:
+        planned = self._rows.planned_tokens(row, frames), int(self._rows.labels[row])
+        if (tokens, labels) != planned:
+            raise RowError(
+                "index_stale",
+                f"{tokens} tokens and {labels} labels now, {planned[0]} and {planned[1]} when it was measured: "
+                "its picture or video changed. Delete data.cache_dir to measure again",
+            )
+
+
+class PackDataset(PlannedDataset[Encoded, PackedBatch]):
+    """Packs of conversations.
+
+    Args:
+        corpus: the rows.
+        reduction: reweighting rule.
+        augmentation_seed: seed of frames and JPEG degradation, drawn anew in each epoch; None never degrades
+            (validation).
+        **options: see `PlannedDataset`.
+    """
+
+    def __init__(self, corpus: Corpus, *, reduction: str, augmentation_seed: int | None, **options: Any) -> None:
+        super().__init__(corpus, **options)
+        self.reduction = reduction
+        self.augmentation_seed = augmentation_seed
 
     def _encode(self, dataset: int, record: Record, epoch: int, sample: int, frames: int) -> Encoded:
         seed = self.augmentation_seed
         rng = None if seed is None else sample_rng(seed, epoch, sample)
-        encoder = self.corpus.encoders[dataset]
-        encoded = encoder.encode(record, rng, frames=frames or None)
-        row = sample % len(self.corpus)
-        planned = self._rows.planned_tokens(row, frames), int(self._rows.labels[row])
-        found = len(encoded.input_ids), sum(label != IGNORE_INDEX for label in encoded.labels[1:])
-        if found != planned:
-            raise RowError(
-                "index_stale",
-                f"{found[0]} tokens and {found[1]} labels now, {planned[0]} and {planned[1]} when it was measured: "
-                "its picture or video changed. Delete data.cache_dir to measure again",
-            )
+        encoded = self.corpus.encoders[dataset].encode(record, rng, frames=frames or None)
+        labels = sum(label != IGNORE_INDEX for label in encoded.labels[1:])
+        self._check_measured(sample % len(self.corpus), frames, len(encoded.input_ids), labels)
         return encoded
+
+    def _lay_out(
+        self, samples: list[Encoded], places: list[Place], planned: PlannedPack, rejects: tuple[Reject, ...]
+    ) -> PackedBatch:
+        return pack_samples(
+            samples,
+            planned=planned,
+            reduction=self.reduction,
+            dataset_ids=[place.dataset for place in places],
+            sample_ids=[place.name for place in places],
+            filler_id=self.filler_id,
+            tile_size=self.tile_size,
+            rejects=rejects,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import TypeVar
@@ -26,8 +26,9 @@ from ivl_lightning.data.locations import url_scheme
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.retries import with_retries
 from ivl_lightning.data.tiling import count_tiles, cut_tiles, tile_budget
+from ivl_lightning.data.turns import parse_turns
 from ivl_lightning.data.video import VideoHeader, frame_indices, frame_range, parse_sampling
-from ivl_lightning.structures import Encoded, Record, RowError, SampleCost, VideoCost
+from ivl_lightning.structures import Encoded, Record, RowError, SampleCost, Turn, VideoCost
 
 Tokenize = Callable[..., TokenizedRow]
 Result = TypeVar("Result")
@@ -78,10 +79,12 @@ class RowEncoder:
         else:
             layout = self._image_layout(record, [self.reader.image_size(path) for path in media.images])
             video = None
-        labels = layout.num_labels
-        if labels == 0:
+        if layout.num_labels == 0:
             raise RowError("no_label", "the row has no token to train on: give it an answer, or remove it")
-        return SampleCost(layout.tokens, labels, layout.tiles, video)
+        return self._cost(layout, video)
+
+    def _cost(self, layout: Layout, video: VideoCost | None) -> SampleCost:
+        return SampleCost(layout.tokens, layout.num_labels, layout.tiles, video)
 
     def encode(self, record: Record, rng: np.random.Generator | None, *, frames: int | None = None) -> Encoded:
         """Ids, labels and tiles.
@@ -95,11 +98,19 @@ class RowEncoder:
         Raises:
             RowError: the record cannot be used, a picture that breaks only when decoded included.
         """
+        layout, tiles = self._prepare(record, rng, frames)
+        input_ids, labels = layout.ids_and_labels()
+        return Encoded(input_ids, labels, tiles)
+
+    def _prepare(
+        self, record: Record, rng: np.random.Generator | None, frames: int | None
+    ) -> tuple[Layout, Tensor | None]:
+        """The layout of a record, and its tiles."""
         # Drawn once, so that another try takes the same frames and qualities.
         seed = None if rng is None else int(rng.integers(2**63))
-        return self._retried(partial(self._encode, record, seed, frames))
+        return self._retried(partial(self._read, record, seed, frames))
 
-    def _encode(self, record: Record, seed: int | None, frames: int | None) -> Encoded:
+    def _read(self, record: Record, seed: int | None, frames: int | None) -> tuple[Layout, Tensor | None]:
         rng = None if seed is None else np.random.default_rng(seed)
         media = media_of(record.row)
         tiles: Tensor | None
@@ -114,25 +125,41 @@ class RowEncoder:
         assert sum(layout.tiles) == (0 if tiles is None else len(tiles)), (record, layout.tiles)
         if tiles is not None and rng is not None and self.spec.data_augment:
             tiles = degrade_jpeg(tiles, rng)
-        input_ids, labels = layout.ids_and_labels()
-        return Encoded(input_ids, labels, tiles)
+        return layout, tiles
 
-    def encode_prompt(self, record: Record) -> tuple[list[int], Tensor | None]:
-        """Ids up to the last answer, and tiles, for generation.
+    def turns(self, row: Mapping[str, object]) -> tuple[Turn, ...]:
+        """The texts of a row in order, the one to learn last: what makes it another row than its neighbor.
+
+        Raises:
+            RowError: as `measure`.
+        """
+        return parse_turns(row)
+
+    def learned_turns(self, row: Mapping[str, object]) -> tuple[Turn, ...]:
+        """The turns whose answers are to be learned: what quality rules look at.
+
+        Raises:
+            RowError: as `measure`.
+        """
+        return self.turns(row)
+
+    def encode_prompt(self, record: Record, answer_start: str = "") -> tuple[list[int], Tensor | None]:
+        """Ids up to the last answer, or up to the end of its given beginning, and tiles, for generation.
 
         Raises:
             RowError: as `encode`.
         """
-        return self._retried(partial(self._encode_prompt, record))
+        return self._retried(partial(self._encode_prompt, record, answer_start))
 
-    def _encode_prompt(self, record: Record) -> tuple[list[int], Tensor | None]:
+    def _encode_prompt(self, record: Record, answer_start: str) -> tuple[list[int], Tensor | None]:
         media = media_of(record.row)
+        tokenize = partial(tokenize_prompt, answer_start=answer_start)
         if media.kind == "video":
             header = self._video_header(media)
-            layout = self._lay_out_frames(record, self._frame_range(header)[1], tokenize=tokenize_prompt)
+            layout = self._lay_out_frames(record, self._frame_range(header)[1], tokenize=tokenize)
             return layout.ids_and_labels()[0], self._frame_tiles(media, header, len(layout.tiles), None)
         images = [self.reader.load_image(path) for path in media.images]
-        row = self._tokenize(record, len(images), tokenize_prompt)
+        row = self._tokenize(record, len(images), tokenize)
         layout = self._lay_out_images(row, [image.size for image in images], self._max_tiles(len(images)))
         return layout.ids_and_labels()[0], self._image_tiles(images, layout.limit)
 
@@ -150,7 +177,7 @@ class RowEncoder:
         """
         turns = [{"from": "human", "value": "<video>\n?"}, {"from": "gpt", "value": "."}]
         most = self.settings.max_frames
-        row = self._tokenize(Record("", "", 0, {"video": "?", "conversations": turns}), most)
+        row = self._tokenize_row({"video": "?", "conversations": turns}, most)
         lines = [after - before - 1 + self.settings.tokens_per_tile for before, after in pairwise(row.slots)]
         return np.cumsum([0, 0, *lines])
 
@@ -163,7 +190,10 @@ class RowEncoder:
     def _lay_out_images(self, row: TokenizedRow, sizes: Sequence[tuple[int, int]], max_tiles: int) -> Layout:
         tiling = self.settings.tiling(max_tiles)
         tiles = tuple(count_tiles(*size, **tiling) for size in sizes)
-        return Layout(row, tiles, max_tiles, self.settings.tokens_per_tile)
+        return self._layout(row, tiles, max_tiles)
+
+    def _layout(self, row: TokenizedRow, tiles: tuple[int, ...], limit: int) -> Layout:
+        return Layout(row, tiles, limit, self.settings.tokens_per_tile)
 
     def _max_tiles(self, num_images: int) -> int:
         own = self.spec.max_dynamic_patch if self.settings.dataset_tiles else None
@@ -205,7 +235,7 @@ class RowEncoder:
 
     def _lay_out_frames(self, record: Record, frames: int, tokenize: Tokenize = tokenize_row) -> Layout:
         row = self._tokenize(record, frames, tokenize)
-        return Layout(row, (1,) * frames, frames, self.settings.tokens_per_tile)
+        return self._layout(row, (1,) * frames, frames)
 
     def _video_cost(self, header: VideoHeader, layout: Layout) -> VideoCost:
         most = len(layout.tiles)
@@ -228,8 +258,13 @@ class RowEncoder:
         return torch.cat(tiles)
 
     def _tokenize(self, record: Record, num_images: int, tokenize: Tokenize = tokenize_row) -> TokenizedRow:
+        return self._tokenize_row(record.row, num_images, tokenize)
+
+    def _tokenize_row(
+        self, row: Mapping[str, object], num_images: int, tokenize: Tokenize = tokenize_row
+    ) -> TokenizedRow:
         return tokenize(
-            record.row,
+            row,
             self.tokenizer,
             template=self.settings.template,
             num_images=num_images,
@@ -241,7 +276,13 @@ EncoderFactory = Callable[[DatasetSpec], RowEncoder]
 
 
 def encoder_factory(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, template: str, tile_tokens: int, training: bool
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    tile_tokens: int,
+    training: bool,
+    encoder: type[RowEncoder] = RowEncoder,
 ) -> EncoderFactory:
     """Makes the encoder of each dataset under the training or the validation settings.
 
@@ -251,6 +292,7 @@ def encoder_factory(
         template: chat template.
         tile_tokens: context tokens of a tile.
         training: false takes `val_max_tiles` for every dataset.
+        encoder: of conversations, or of preference pairs (`PairEncoder`).
 
     Raises:
         ValueError: `frame_sampling` is not known.
@@ -259,6 +301,7 @@ def encoder_factory(
     settings = EncodingSettings(
         template=template,
         max_tokens=min(config.max_tokens, config.max_sample_tokens or config.max_tokens),
+        max_pack_tokens=config.max_tokens,
         max_pack_tiles=config.max_pack_tiles,
         tokens_per_tile=tile_tokens,
         tile_size=config.tile_size,
@@ -283,6 +326,6 @@ def encoder_factory(
             exif_transpose=config.exif_transpose,
             gray16=config.gray16,
         )
-        return RowEncoder(spec, reader, tokenizer, settings, config.retries)
+        return encoder(spec, reader, tokenizer, settings, config.retries)
 
     return factory

@@ -50,6 +50,8 @@ def horizon(plan: TrainingPlan, *, max_steps: int | None, epochs: int | None, ca
 
 
 def _epochs_long(plan: TrainingPlan, epochs: int, cache_dir: Path | None) -> Horizon:
+    if plan.steps_per_epoch is not None:
+        return Horizon(plan.steps_per_epoch * epochs, estimated=False)
     counted = None if cache_dir is None else read_steps(plan, cache_dir)
     if counted is not None:
         return Horizon(counted * epochs, estimated=False)

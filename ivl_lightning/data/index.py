@@ -31,7 +31,7 @@ from ivl_lightning.data.measuring import Measured, concatenate, measure_rows
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
 from ivl_lightning.structures import Reject
 
-_VERSION = 3
+_VERSION = 4
 _PART_ROWS = 32_768
 _PART_SECONDS = 20.0
 """A part is written after so many rows or seconds: what a kill can cost."""
@@ -70,7 +70,7 @@ class DatasetIndex:
     def fingerprint(self) -> str:
         """Hash of the rows' content and cost; equal fingerprints mean equal plans."""
         digest = hashlib.blake2b(digest_size=8)
-        for name in ("digest", "tokens", "labels", "tiles", "frames", "min_frames"):
+        for name in ("digest", "tokens", "labels", "chosen_labels", "tiles", "frames", "min_frames"):
             digest.update(np.ascontiguousarray(self.columns[name]).data)
         return digest.hexdigest()
 
@@ -247,6 +247,7 @@ def _key(encoder: RowEncoder) -> str:
         "reader": reader,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "settings": settings,
+        "rows": type(encoder).__name__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -34,7 +34,8 @@ class EncodingSettings:
 
     Attributes:
         template: chat template.
-        max_tokens, max_pack_tiles: caps of one sample.
+        max_tokens: cap of one conversation.
+        max_pack_tokens, max_pack_tiles: caps of a pack.
         tokens_per_tile: context tokens of a tile.
         tile_size, min_tiles, max_tiles, use_thumbnail: tiling; `max_tiles` holds where the dataset gives none.
         resize: how pixels are made; see `cut_tiles`.
@@ -46,6 +47,7 @@ class EncodingSettings:
 
     template: str
     max_tokens: int
+    max_pack_tokens: int
     max_pack_tiles: int
     tokens_per_tile: int
     tile_size: int
@@ -93,6 +95,11 @@ class Layout:
         return length if self.cut_at is None else min(length, self.cut_at)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation in it."""
+        return self.tokens
+
+    @property
     def num_labels(self) -> int:
         """Supervised tokens; one on the document's first position is never trained."""
         labels = self.row.labels if self.cut_at is None else self.ids_and_labels()[1]
@@ -127,7 +134,11 @@ def fit(lay_out: Callable[[int], Layout], limit: int, settings: EncodingSettings
 
 
 def _fits(layout: Layout, settings: EncodingSettings) -> bool:
-    return layout.tokens <= settings.max_tokens and sum(layout.tiles) <= settings.max_pack_tiles
+    return (
+        layout.longest <= settings.max_tokens
+        and layout.tokens <= settings.max_pack_tokens
+        and sum(layout.tiles) <= settings.max_pack_tiles
+    )
 
 
 def _truncated(layout: Layout, settings: EncodingSettings) -> Layout:
@@ -141,9 +152,10 @@ def _truncated(layout: Layout, settings: EncodingSettings) -> Layout:
 
 
 def _over_length(layout: Layout, settings: EncodingSettings) -> RowError:
+    sample = "" if settings.max_tokens == settings.max_pack_tokens else f", a conversation {settings.max_tokens}"
     return RowError(
         "over_length",
-        f"{layout.tokens} tokens and {sum(layout.tiles)} tiles, but a pack holds "
-        f"{settings.max_tokens} and {settings.max_pack_tiles}: raise data.max_tokens or data.max_pack_tiles, lower "
+        f"{layout.tokens} tokens and {sum(layout.tiles)} tiles, but a pack holds {settings.max_pack_tokens} and "
+        f"{settings.max_pack_tiles}{sample}: raise data.max_tokens or data.max_pack_tiles, lower "
         "max_dynamic_patch (or data.max_frames for videos), or set data.over_length=shrink or truncate",
     )

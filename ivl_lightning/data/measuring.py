@@ -26,6 +26,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "line": np.int32,
     "tokens": np.int32,
     "labels": np.int32,
+    "chosen_labels": np.int32,
     "tiles": np.int32,
     "frames": np.int16,
     "min_frames": np.int16,
@@ -35,7 +36,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "digest": np.uint64,
 }
 """What is kept of a usable row: its place, its cost, the most and fewest frames it may get, what its video holds, and
-a hash of its bytes."""
+a hash of its bytes. `chosen_labels` is 0 where the row is no preference pair."""
 
 _CHUNK_ROWS = 256
 _SMALL_FILE = 1 << 18
@@ -153,7 +154,7 @@ def _numbers(cost: SampleCost) -> tuple[float, ...]:
     frames = (0, 0, 0, 0.0, 0.0) if video is None else (
         video.most, video.fewest, video.available, video.rate, video.duration,
     )  # fmt: skip
-    return cost.tokens, cost.labels, cost.num_tiles, *frames
+    return cost.tokens, cost.labels, cost.chosen_labels, cost.num_tiles, *frames
 
 
 def row_digest(raw: bytes) -> int:

@@ -90,6 +90,8 @@ class PlanSettings:
         repeat_rule: see `epoch_order`.
         cost: modeled work, by which packs are grouped.
         max_frames: most frames a video may be given; what is drawn.
+        batch_pairs: preference pairs of an optimizer step; None for conversations.
+        augmentation_seed: of the frames of preference pairs.
         epochs: passes over the data in the run; None where only steps count.
     """
 
@@ -102,6 +104,8 @@ class PlanSettings:
     repeat_rule: RepeatRule = "random"
     cost: Cost = DEFAULT_COST
     max_frames: int = 32
+    batch_pairs: int | None = None
+    augmentation_seed: int = 0
     epochs: int | None = None
 
 
@@ -125,6 +129,18 @@ class TrainingPlan:
             raise ValueError(NO_ROW)
         self.rows, self.mixture, self.settings = rows, tuple(mixture), settings
 
+    def prepare(self, epoch: int) -> None:
+        """Make what must be known before the first step of an epoch; here nothing, since the plan streams.
+
+        Raises:
+            ValueError: the epoch cannot be planned.
+        """
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of every epoch; None where only planning an epoch tells."""
+        return None
+
     def epoch(self, epoch: int, state: dict[str, Any] | None = None) -> Iterator[PlannedStep]:
         """The steps of `epoch`, or those behind the step that `state` came with.
 
@@ -143,7 +159,7 @@ class TrainingPlan:
         while group := list(islice(packs, settings.packs_per_step)):
             consumed += sum(len(pack.samples) for pack in group)
             costs = [planner.pack_cost(pack.samples, tokens, tiles) for pack in group]
-            named = [_with_numbers(pack, order, frames) for pack in group]
+            named = [with_numbers(pack, order, frames) for pack in group]
             missing = settings.packs_per_step - len(group)
             yield PlannedStep(
                 epoch,
@@ -179,9 +195,18 @@ class TrainingPlan:
         fewest = self.rows.fewest_frames[rows]
         settings = self.settings
         frames = draw_frames(order, fewest, most, settings.max_frames, seed=settings.seed, epoch=epoch)
-        tokens -= (self.rows.frame_tokens[most] - self.rows.frame_tokens[frames]).astype(tokens.dtype)
-        tiles -= most - frames
-        return frames, tokens, tiles
+        return frames, *self._shortened(tokens, tiles, most, frames)
+
+    def _shortened(
+        self,
+        tokens: NDArray[np.int32],
+        tiles: NDArray[np.int32],
+        most: NDArray[np.int16],
+        frames: NDArray[np.int16],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Tokens and tiles of samples whose videos get `frames` and not the `most` they may get."""
+        spare = self.rows.frame_tokens[most] - self.rows.frame_tokens[frames]
+        return tokens - spare.astype(tokens.dtype), tiles - (most - frames)
 
     def _weight_sum(self, packs: Sequence[Pack], epoch: int, step: int) -> float:
         samples = np.concatenate([pack.samples for pack in packs])
@@ -207,6 +232,7 @@ class TrainingPlan:
         for step in steps:
             progress = min(1.0, (step.epoch * self.samples_per_epoch + step.consumed) / total)
             idle = idle_share(step.costs, world_size)
+            samples = sum(len(pack.samples) for pack in step.packs)
             for micro in range(micro_steps):
                 yield PlannedPack(
                     step.packs[micro * world_size + rank],
@@ -218,6 +244,7 @@ class TrainingPlan:
                     step.weight_sum,
                     progress,
                     idle,
+                    samples,
                 )
 
     def fewest_steps(self) -> float:
@@ -244,7 +271,7 @@ class TrainingPlan:
 
 
 def draw_frames(
-    samples: NDArray[np.int64],
+    samples: NDArray[np.integer[Any]],
     fewest: NDArray[np.int16],
     most: NDArray[np.int16],
     highest: int,
@@ -289,7 +316,7 @@ def spare_frames(most: NDArray[np.integer[Any]], fewest: NDArray[np.integer[Any]
     return spare * (spare + 1) / 2 / np.maximum(highest + 1.0 - fewest, 1)
 
 
-def _with_numbers(pack: Pack, order: NDArray[np.int64], frames: NDArray[np.int16] | None) -> Pack:
+def with_numbers(pack: Pack, order: NDArray[np.int64], frames: NDArray[np.int16] | None) -> Pack:
     """The pack with sample numbers in place of places in the order, and each sample's frames."""
     places = list(pack.samples)
     drawn = () if frames is None else tuple(frames[places].tolist())
@@ -329,9 +356,14 @@ def fixed_plan(
     """
     packs = list(PackPlanner(max_tokens, max_tiles).plan(rows.tokens, rows.tiles))
     weight_sum = float(sum(sample_weight(int(count), reduction) for count in rows.labels))
-    packs += [EMPTY_PACK] * (-len(packs) % world_size)
+    return dealt_once(packs, weight_sum=weight_sum, rank=rank, world_size=world_size)
+
+
+def dealt_once(packs: list[Pack], *, weight_sum: float, rank: int, world_size: int) -> list[PlannedPack]:
+    """One rank's share of packs that no optimizer step is made of; see `fixed_plan`."""
+    whole = [*packs, *[EMPTY_PACK] * (-len(packs) % world_size)]
     return [
         PlannedPack(pack, 0, number, 0, 1, world_size, weight_sum, 0.0)
-        for number, pack in enumerate(packs)
+        for number, pack in enumerate(whole)
         if number % world_size == rank
     ]

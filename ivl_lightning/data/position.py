@@ -95,6 +95,8 @@ _NAMES = {
     "max_tiles": "data.max_pack_tiles",
     "max_frames": "data.max_frames",
     "pool_size": "data.pool_size",
+    "batch_pairs": "data.batch_pairs",
+    "augmentation_seed": "data.augmentation_seed",
     "repeat_rule": "data.repeat_rule",
     "reduction": "loss.reduction",
 }

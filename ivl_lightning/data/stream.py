@@ -13,6 +13,7 @@ from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.horizon import Horizon, horizon, write_steps
 from ivl_lightning.data.index_file import IndexWriteError
 from ivl_lightning.data.mixture import Share, shares
+from ivl_lightning.data.pair_plan import PairPlan
 from ivl_lightning.data.plan import DEFAULT_COST, NO_ROW, Cost, PlannedStep, PlanSettings, TrainingPlan
 from ivl_lightning.data.position import (
     Position,
@@ -47,9 +48,15 @@ def mixture_of(corpus: Corpus, config: DataConfig) -> tuple[Share, ...]:
 
 
 def plan_settings(
-    config: DataConfig, *, seed: int, reduction: str, cost: Cost = DEFAULT_COST, epochs: int | None = None
+    config: DataConfig,
+    *,
+    seed: int,
+    reduction: str,
+    cost: Cost = DEFAULT_COST,
+    epochs: int | None = None,
+    pairs: bool = False,
 ) -> PlanSettings:
-    """What the plan takes from the configuration; see `PlanSettings`."""
+    """What the plan takes from the configuration; see `PlanSettings`. `pairs` plans preference pairs."""
     return PlanSettings(
         packs_per_step=config.packs_per_step,
         max_tokens=config.max_tokens,
@@ -60,6 +67,8 @@ def plan_settings(
         repeat_rule=config.repeat_rule,
         cost=cost,
         max_frames=config.max_frames,
+        batch_pairs=config.batch_pairs if pairs else None,
+        augmentation_seed=config.augmentation_seed if pairs else 0,
         epochs=epochs,
     )
 
@@ -89,14 +98,18 @@ class TrainingStream:
         if not self.mixture:
             raise ValueError(NO_ROW)
         self.view = self._view()
-        self._plan = TrainingPlan(self.view.plan_rows, self.mixture, settings)
+        self._plan = _plan_of(self.view, self.mixture, settings)
         self._finished = False
 
     def _view(self) -> Corpus:
         return self.corpus.view([share.name for share in self.mixture])
 
     def begin(self, epoch: int) -> None:
-        """Stand at the beginning of an epoch."""
+        """Stand at the beginning of an epoch.
+
+        Raises:
+            ValueError: the epoch cannot be planned.
+        """
         self._set(self._own_mixture, self.settings.cost, epoch, None)
         self._finished = False
 
@@ -128,7 +141,8 @@ class TrainingStream:
         if (mixture, cost) != (self.mixture, self._plan.settings.cost):
             self.mixture = mixture
             self.view = self._view()
-            self._plan = TrainingPlan(self.view.plan_rows, mixture, replace(self.settings, cost=cost))
+            self._plan = _plan_of(self.view, mixture, replace(self.settings, cost=cost))
+        self._plan.prepare(epoch)
         self.position.epoch, self.position.state = epoch, plan_state
 
     def packs(self, rank: int, world_size: int, *, count_in: Path | None = None) -> Iterator[PlannedPack]:
@@ -142,6 +156,17 @@ class TrainingStream:
         steps = iter(()) if self._finished else _counted(plan, plan.epoch(epoch, state), count_in)
         return plan.deal(self.position.follow(steps), rank, world_size)
 
+    @property
+    def pairs(self) -> PairPlan:
+        """The plan of preference pairs.
+
+        Raises:
+            ValueError: the run trains on conversations.
+        """
+        if not isinstance(self._plan, PairPlan):
+            raise ValueError("this run trains on conversations, not on preference pairs")
+        return self._plan
+
     def horizon(self, *, max_steps: int | None, cache_dir: Path | None) -> Horizon | None:
         """Optimizer steps of the whole run; see `horizon.horizon`."""
         return horizon(self._plan, max_steps=max_steps, epochs=self.settings.epochs, cache_dir=cache_dir)
@@ -151,13 +176,19 @@ class TrainingStream:
         return position_state(self.position, self.mixture, self._plan.settings)
 
 
+def _plan_of(view: Corpus, mixture: tuple[Share, ...], settings: PlanSettings) -> TrainingPlan:
+    if settings.batch_pairs is None:
+        return TrainingPlan(view.plan_rows, mixture, settings)
+    return PairPlan(view.pair_rows, mixture, settings)
+
+
 def _counted(plan: TrainingPlan, steps: Iterator[PlannedStep], folder: Path | None) -> Iterator[PlannedStep]:
     """The same steps; their number is kept once the epoch ends."""
     count = 0
     for step in steps:
         count = step.number + 1
         yield step
-    if not count or folder is None:
+    if not count or folder is None or plan.steps_per_epoch is not None:
         return
     try:
         write_steps(plan, folder, count)

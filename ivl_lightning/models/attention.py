@@ -1,8 +1,12 @@
-"""Attention over a pack: a document never sees another one.
+"""Attention over a pack: a document never sees another one; answers to one prompt see it, and not each other.
 
 Registered with transformers as `ivl_packed`. On CUDA one variable-length kernel call (torch's own, or flash-attn where
 torch has none); elsewhere one scaled-dot-product call per document, which costs the sum of squared document lengths
 where a dense block mask would cost the square of the whole pack.
+
+Queries and keys are cut into segments. Where documents stand alone both are cut alike. Where answers share a prompt,
+the keys of an answer are the prompt's and its own, gathered; the causal diagonal then ends at the bottom right, as the
+variable-length kernels have it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +25,22 @@ from transformers import AttentionInterface
 
 PACKED_ATTENTION = "ivl_packed"
 
-VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, "Segments", float, int | None], Tensor]
+
+
+class Segments(NamedTuple):
+    """Which keys each query may see.
+
+    Attributes:
+        cu_queries: int32 `[segments + 1]`, cumulative numbers of queries.
+        cu_keys: int32 `[segments + 1]`, cumulative numbers of keys; a segment has at least as many keys as queries.
+        most_queries, most_keys: of one segment.
+    """
+
+    cu_queries: Tensor
+    cu_keys: Tensor
+    most_queries: int
+    most_keys: int
 
 
 def boundaries(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor | int]:
@@ -41,6 +61,26 @@ def boundaries(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor | i
     }
 
 
+def shared_prefix_boundaries(
+    cu_queries: Tensor, cu_keys: Tensor, key_rows: Tensor, device: torch.device
+) -> dict[str, Tensor | int]:
+    """Keyword arguments for segments that share keys; see `structures.PreferenceBatch`.
+
+    Args:
+        cu_queries: int32 `[segments + 1]`, on the CPU.
+        cu_keys: int32 `[segments + 1]`, on the CPU.
+        key_rows: int64 `[K]`, place in the row of each key.
+        device: where the kernel runs.
+    """
+    return {
+        "cu_seq_lens_q": cu_queries.to(device, non_blocking=True),
+        "cu_seq_lens_k": cu_keys.to(device, non_blocking=True),
+        "max_length_q": int(cu_queries.diff().max()),
+        "max_length_k": int(cu_keys.diff().max()),
+        "key_rows": key_rows.to(device, non_blocking=True),
+    }
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -52,10 +92,13 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    key_rows: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document of a pack.
+    """Causal attention inside each segment of a pack.
 
     Args:
         module: the calling attention layer.
@@ -66,8 +109,11 @@ def packed_attention(
         scaling: factor on the scores; D^-0.5 where None.
         dropout: must be 0; packed kernels of this kind have none.
         sliding_window: keys a query sees at most, itself included.
-        cu_seq_lens_q: int32 `[documents + 1]`.
-        max_length_q: longest document.
+        cu_seq_lens_q: int32 `[segments + 1]`.
+        cu_seq_lens_k: int32 `[segments + 1]`; as `cu_seq_lens_q` where None.
+        max_length_q: queries of the longest segment.
+        max_length_k: keys of the longest segment; as `max_length_q` where None.
+        key_rows: int64, the rows of key and value that the segments' keys stand for; None for all, in order.
 
     Returns:
         `[1, L, H, D]` and None for the attention weights.
@@ -84,33 +130,38 @@ def packed_attention(
     if dropout:
         raise ValueError(f"packed attention has no dropout, but the model asks for {dropout}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if key_rows is not None:
+        key, value = key.index_select(2, key_rows), value.index_select(2, key_rows)
+    cu_keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    most_keys = max_length_q if max_length_k is None else max_length_k
+    segments = Segments(cu_seq_lens_q.to(query.device), cu_keys.to(query.device), max_length_q, most_keys)
     # The kernels know half precision only; float32 on a device takes the exact path.
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        output = varlen_kernel()(q, k, v, cu_seq_lens_q.to(query.device), max_length_q, scaling, sliding_window)
-        return output.unsqueeze(0), None
-    return _per_document(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+        return varlen_kernel()(q, k, v, segments, scaling, sliding_window).unsqueeze(0), None
+    return _per_segment(query, key, value, segments, scaling, sliding_window), None
 
 
-def _per_document(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
+def _per_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
 ) -> Tensor:
-    lengths = cu_seqlens.diff().tolist()
-    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    num_queries, num_keys = segments.cu_queries.diff().tolist(), segments.cu_keys.diff().tolist()
+    parts = zip(query.split(num_queries, 2), key.split(num_keys, 2), value.split(num_keys, 2), strict=True)
     attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
     outputs = [
-        attend(q, k, v, attn_mask=_window_mask(q.shape[2], window, q.device))
-        if window is not None and window < q.shape[2]
-        else attend(q, k, v, is_causal=True)
-        for q, k, v in documents
+        attend(q, k, v, is_causal=True)
+        if q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
+        else attend(q, k, v, attn_mask=_causal_mask(q.shape[2], k.shape[2], window, q.device))
+        for q, k, v in parts
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """The last query sees all keys, but for the window; `[queries, keys]`."""
+    place = torch.arange(keys - queries, keys, device=device)
+    distance = place[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < (keys if window is None else window))
 
 
 @cache
@@ -131,12 +182,12 @@ def _torch_kernel(varlen_attn: Callable[..., Tensor]) -> VarlenKernel:
     accepted = inspect.signature(varlen_attn).parameters
 
     def kernel(
-        query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scaling: float, window: int | None
+        query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
     ) -> Tensor:
         options: dict[str, object] = {}
         if "window_size" in accepted:
             options["window_size"] = (-1 if window is None else window - 1, 0)
-        elif window is None or window >= longest:
+        elif window is None or window >= segments.most_keys:
             options["is_causal"] = True
         else:
             raise ValueError(f"this torch has no sliding window of {window} in packed attention: use flash_attention_2")
@@ -149,7 +200,7 @@ def _torch_kernel(varlen_attn: Callable[..., Tensor]) -> VarlenKernel:
         else:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        return varlen_attn(query, key, value, cu, cu, longest, longest, **options)
+        return varlen_attn(query, key, value, *segments, **options)
 
     return kernel
 
@@ -159,13 +210,12 @@ def _flash_attn(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu: Tensor,
-    longest: int,
+    segments: Segments,
     scaling: float,
     window: int | None,
 ) -> Tensor:
     size = (-1, -1) if window is None else (window - 1, 0)
-    return function(query, key, value, cu, cu, longest, longest, softmax_scale=scaling, causal=True, window_size=size)
+    return function(query, key, value, *segments, softmax_scale=scaling, causal=True, window_size=size)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -1,0 +1,294 @@
+"""What every stage does: build, freeze, shard, optimize, and score generated answers in validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeAlias
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from rich import print as rich_print
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torchmetrics import MeanMetric
+from transformers import InternVLForConditionalGeneration
+
+from ivl_lightning.config.schema import OptimConfig, Part, StrategyConfig
+from ivl_lightning.data.datamodule import datamodule_of
+from ivl_lightning.inference.answers import decode_answers
+from ivl_lightning.metrics.exact_match import ExactMatch
+from ivl_lightning.models.build import enable_activation_checkpointing
+from ivl_lightning.models.drop_path import apply_drop_path
+from ivl_lightning.models.freeze import frozen_modules, model_parts, part_sizes, set_trainable
+from ivl_lightning.models.parts import vision_layers, vision_tower
+from ivl_lightning.models.shard import shard_model
+from ivl_lightning.optim.param_groups import parameter_groups
+from ivl_lightning.optim.schedule import WarmupSchedule
+from ivl_lightning.stages.root import InternVLRoot
+from ivl_lightning.stages.tables import trainable_table
+from ivl_lightning.structures import Answer, PackedBatch, PreferenceBatch, PromptBatch
+
+ModelSource: TypeAlias = InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
+
+
+class Stage(L.LightningModule):
+    """A stage of training; a subclass adds its loss.
+
+    Args:
+        model: the network, or a function that builds it; a function is called once the strategy is set up.
+        optim: optimizer and schedule.
+        trainable: parts that train; the stage's own choice by default.
+        trainable_vision_layers: of a trainable tower only the last n layers.
+        drop_path_rate: stochastic depth of the vision tower.
+        activation_checkpointing: recompute each block in backward.
+        generation_tokens: most tokens of an answer.
+        sharding: dtype and resharding under FSDP.
+    """
+
+    default_trainable: ClassVar[tuple[Part, ...]]
+
+    def __init__(
+        self,
+        model: ModelSource,
+        *,
+        optim: OptimConfig | None = None,
+        trainable: list[Part] | None = None,
+        trainable_vision_layers: int | None = None,
+        drop_path_rate: float = 0.0,
+        activation_checkpointing: bool = False,
+        generation_tokens: int = 32,
+        sharding: StrategyConfig | None = None,
+    ) -> None:
+        super().__init__()
+        # Behind a function, so that Lightning does not register a ready network a second time.
+        self._source = (lambda: model) if isinstance(model, InternVLForConditionalGeneration) else model
+        self.optim = optim or OptimConfig()
+        self.trainable: tuple[Part, ...] = tuple(trainable) if trainable else self.default_trainable
+        self.trainable_vision_layers = trainable_vision_layers
+        self.drop_path_rate = drop_path_rate
+        self.activation_checkpointing = activation_checkpointing
+        self.generation_tokens = generation_tokens
+        self.sharding = sharding or StrategyConfig()
+        self.root: InternVLRoot | None = None
+        self.val_loss = MeanMetric()
+        self.val_scores = nn.ModuleList()
+        self._score_names: list[str] = []
+        self.progress = 0.0
+        self._step_sums: Tensor | None = None
+        self._broken = 0
+        self._trained: PackedBatch | PreferenceBatch | None = None
+
+    @property
+    def reduction(self) -> str:
+        """Reweighting rule; the data module weighs and plans by it."""
+        raise NotImplementedError
+
+    @property
+    def internvl(self) -> InternVLForConditionalGeneration:
+        """The network. Only its root may run it; others may read its configuration or save it."""
+        assert self.root is not None, "configure_model has not run yet"
+        return self.root.internvl
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build, freeze, wrap and shard; called by Lightning once devices are known, or by hand without a trainer."""
+        if self.root is not None:
+            return
+        model = self._source()
+        apply_drop_path(vision_tower(model), self.drop_path_rate)
+        set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
+        if self.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        self.root = self._wrap(model)
+        self._shard(self.root)
+        self.train()
+
+    def _wrap(self, model: InternVLForConditionalGeneration) -> InternVLRoot:
+        """The root module whose forward gives what this stage's loss needs."""
+        raise NotImplementedError
+
+    def _shard(self, root: InternVLRoot) -> None:
+        """Shard a root under FSDP; else nothing."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        shard_model(
+            root,
+            root.internvl,
+            mesh["data_parallel"],
+            param_dtype=getattr(torch, self.sharding.param_dtype),
+            reshard_after_forward=self.sharding.reshard_after_forward,
+        )
+        register_fsdp_forward_method(root, "generate")
+
+    def _always_run_vision(self) -> bool:
+        """Whether a micro-batch without a tile runs the tower all the same.
+
+        Sharded ranks must gather the same weights. And what trains must get a gradient of zero rather than none,
+        on one process as on many: the optimizer skips a parameter without a gradient, so layouts would differ.
+        """
+        return self.device_mesh is not None or "vision" in self.trainable or "projector" in self.trainable
+
+    def setup(self, stage: str) -> None:
+        """One score per dataset whose validation rows are answered, on every rank."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "answered_datasets", ())
+        for name in names:
+            if name not in self._score_names:
+                # In a list: a dataset's name may hold a point, a module's may not.
+                self._score_names.append(name)
+                self.val_scores.append(ExactMatch())
+
+    def on_fit_start(self) -> None:
+        """Show what trains."""
+        if self.trainer.is_global_zero:
+            rich_print(trainable_table(type(self).__name__, part_sizes(self.internvl)))
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in eval mode: no drop path where nothing learns."""
+        super().train(mode)
+        if mode and self.root is not None:
+            for module in frozen_modules(self.root.internvl):
+                module.eval()
+        return self
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Lightning leaves the modes as they were; a resumed or reused module may be in eval mode."""
+        self.train()
+        self._align_batch_count()
+
+    def _align_batch_count(self) -> None:
+        """Make Lightning count the finished steps in micro-batches of this layout.
+
+        It steps the optimizer at each multiple of the accumulation, and a checkpoint holds a count of the layout that
+        saved it: 3 steps of 4 ranks are 3 micro-batches, continued on one rank they are 12. One that was saved on an
+        exception also counts the micro-batches of the step that failed, which is made anew.
+        """
+        steps = datamodule_of(self.trainer).stream.position.steps
+        loop = self.trainer.fit_loop.epoch_loop
+        # At the end of a batch Lightning saves before it counts the batch as completed, and makes up for it on restart.
+        uncounted = int(loop.restarted_on_train_batch_end)
+        progress, micro_steps = loop.batch_progress, self.trainer.accumulate_grad_batches
+        for counter, finished in ((progress.current, steps), (progress.total, self.trainer.global_step)):
+            for name in ("ready", "started", "processed"):
+                setattr(counter, name, finished * micro_steps)
+            counter.completed = finished * micro_steps - uncounted
+
+    def on_train_batch_start(self, batch: PackedBatch | PreferenceBatch, batch_idx: int) -> None:
+        """Under FSDP gradients travel only with a step's last micro-batch."""
+        if isinstance(self.root, FSDPModule):
+            planned = batch.planned
+            self.root.set_requires_gradient_sync(planned.micro_step + 1 == planned.num_micro_steps)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step; then the position in the data moves with the weights.
+
+        Training steps leave their batch in `_trained`.
+        """
+        super().optimizer_step(*args, **kwargs)
+        if self._trained is not None:
+            datamodule_of(self.trainer).note_trained(self._trained)
+
+    def _reduced(self, sums: Tensor, batch: PackedBatch | PreferenceBatch) -> Tensor | None:
+        """Add up sums over the step's micro-batches; with its last one, over the ranks too.
+
+        Rows that broke travel along, so that all ranks know how many there are and stop together.
+
+        Args:
+            sums: `[n]` of this micro-batch.
+            batch: the micro-batch.
+
+        Returns:
+            `[n]` of the whole step, or None before its last micro-batch.
+        """
+        planned, datamodule = batch.planned, datamodule_of(self.trainer)
+        self._broken += datamodule.note_rejects(batch.rejects)
+        self._step_sums = sums if planned.micro_step == 0 or self._step_sums is None else self._step_sums + sums
+        if planned.micro_step + 1 < planned.num_micro_steps:
+            return None
+        own = torch.cat([self._step_sums, self._step_sums.new_tensor([self._broken])])
+        total = self.trainer.strategy.reduce(own, reduce_op="sum")
+        datamodule.note_rejects_elsewhere(int(total[-1]) - self._broken)
+        self._step_sums, self._broken = None, 0
+        return total[:-1]
+
+    def _share_of_run(self, consumed: float) -> float:
+        """Of the steps where `max_steps` ends the run, else of the samples."""
+        max_steps = self.trainer.max_steps
+        return consumed if max_steps == -1 else min((self.trainer.global_step + 1) / max_steps, 1.0)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over the trainable parameters, by part, with warm-up and cosine."""
+        optim = self.optim
+        parts = model_parts(self.internvl)
+        named: dict[str, list[tuple[str, nn.Parameter]]] = {
+            part: [item for module in modules for item in module.named_parameters()] for part, modules in parts.items()
+        }
+        groups = parameter_groups(
+            named,
+            lr={part: _chosen(optim.lr_by_part.get(part), optim.lr) for part in parts},
+            weight_decay={part: _chosen(optim.weight_decay_by_part.get(part), optim.weight_decay) for part in parts},
+            decay=optim.decay,
+            vision_layers=len(vision_layers(vision_tower(self.internvl))),
+            vision_layer_decay=optim.vision_layer_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        max_steps = self.trainer.max_steps
+        schedule = WarmupSchedule(
+            shape=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            warmup_ratio=optim.warmup_ratio,
+            max_steps=None if max_steps == -1 else max_steps,
+            min_ratio=optim.min_lr_ratio,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, self.progress))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew. Here and not at the end: `validate` and `fit` keep tensors of different kinds."""
+        self.val_loss.reset()
+        for metric in self._scores.values():
+            metric.reset()
+
+    @property
+    def _scores(self) -> dict[str, ExactMatch]:
+        scores = zip(self._score_names, self.val_scores, strict=True)
+        return {name: metric for name, metric in scores if isinstance(metric, ExactMatch)}
+
+    def _answer_prompts(self, batch: PromptBatch) -> dict[str, list[Answer]]:
+        """Answer questions and count what is right; callbacks get the answers."""
+        answers = self._answer(batch)
+        for answer in answers:
+            self._scores[answer.record.dataset].update([answer.generated], [answer.expected])
+        return {"answers": answers}
+
+    def _answer(self, batch: PromptBatch) -> list[Answer]:
+        assert self.root is not None
+        datamodule = datamodule_of(self.trainer)
+        tokens = self.root.generate(
+            batch,
+            max_new_tokens=self.generation_tokens,
+            pad_token_id=datamodule.filler_id,
+            eos_token_id=datamodule.stop_ids,
+            synced_gpus=isinstance(self.root, FSDPModule),
+        )
+        return decode_answers(tokens, batch, datamodule.tokenizer)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, each dataset's score and their mean."""
+        # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
+        self.log("val/loss", self.val_loss.compute(), sync_dist=True)
+        scores = {name: metric.compute() for name, metric in self._scores.items()}
+        for name, score in scores.items():
+            self.log(f"val/exact_match/{name}", score, sync_dist=True)
+        if scores:
+            self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
+
+
+def _chosen(own: float | None, common: float) -> float:
+    return common if own is None else own
