@@ -38,7 +38,8 @@ RESERVED_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
 WEIGHTS_FOLDER = "weights"
 """Where a stage leaves its weights, below its folder."""
 
-STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning")
+PREFERENCE_STAGE = "mixed_preference"
+STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning", PREFERENCE_STAGE)
 """Stages in the order of a chain."""
 
 IMAGE_PLACEHOLDER = "<image>"

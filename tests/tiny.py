@@ -14,9 +14,10 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from ivl_lightning.config.schema import DataConfig, ModelConfig
 from ivl_lightning.constants import IGNORE_INDEX
 from ivl_lightning.data.collate import pack_samples
+from ivl_lightning.data.collate_pairs import pack_pairs
 from ivl_lightning.models.build import build_model
 from ivl_lightning.models.tokenizer import image_token_id, load_tokenizer
-from ivl_lightning.structures import Encoded, Pack, PackedBatch, PlannedPack
+from ivl_lightning.structures import Encoded, EncodedPair, Pack, PackedBatch, PlannedPack, PreferenceBatch
 
 TOKENIZER = Path(__file__).parent / "fixtures/conversation/qwen2_vit300m"
 TILE_SIZE, PATCH_SIZE, TILE_TOKENS = 32, 8, 4
@@ -125,6 +126,64 @@ def write_tiny_data(folder: Path, *, rows: int = 12, **meta: object) -> Path:
 def _row(identity: str, question: str, answer: str, **media: object) -> dict[str, object]:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer.strip()}]
     return {"id": identity, **media, "conversations": turns}
+
+
+def write_tiny_pairs(folder: Path, *, rows: int = 12, **meta: object) -> Path:
+    """Two data sets of preference pairs: one or two pictures, and text; returns meta.json.
+
+    Answers begin alike or not, and are of different lengths.
+    """
+    write_tiny_data(folder, rows=rows)
+    pictures, texts = [], []
+    for number in range(rows):
+        image: object = f"{number}.png" if number % 4 else [f"{number}.png", "0.png"]
+        question = "What is it?" if number % 4 else "<image>\n<image>\nCompare."
+        answers = {"chosen": "It is noise" + ", more noise" * (number % 3), "rejected": f"It is a cat {number}"}
+        pictures.append({"id": f"pair-{number}", "image": image, "question": question, **answers})
+        texts.append({"question": f"Say {number}.", "chosen": str(number), "rejected": "no " * (1 + number % 4)})
+    for name, lines in (("pictures", pictures), ("text", texts)):
+        (folder / f"{name}_pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entry = {"root": ".", "data_augment": True, "repeat_time": 1, "max_dynamic_patch": 4, **meta}
+    content = {f"{name}_pairs": {**entry, "annotation": f"{name}_pairs.jsonl"} for name in ("pictures", "text")}
+    (folder / "pairs.json").write_text(json.dumps(content))
+    return folder / "pairs.json"
+
+
+def random_pair(
+    rng: np.random.Generator, prompt: int, chosen: int, rejected: int, *, tiles: int = 0, unlabeled: int = 0
+) -> EncodedPair:
+    """Random text with `tiles` image tiles in front; both answers are supervised but for their first tokens."""
+    slot = image_token_id(load_tiny_tokenizer())
+    text, first, second = (rng.integers(1, 400, length).tolist() for length in (prompt, chosen, rejected))
+    pixels = rng.integers(0, 256, (tiles, 3, TILE_SIZE, TILE_SIZE), dtype=np.uint8) if tiles else None
+    first_labels, second_labels = ([IGNORE_INDEX] * unlabeled + ids[unlabeled:] for ids in (first, second))
+    tensor = None if pixels is None else torch.from_numpy(pixels)
+    return EncodedPair([slot] * (tiles * TILE_TOKENS) + text, first, first_labels, second, second_labels, tensor)
+
+
+def pair_batch(pairs: Sequence[EncodedPair], *, shared_prefix: bool = True, **plan: int) -> PreferenceBatch:
+    planned = PlannedPack(
+        Pack(tuple(range(len(pairs))), 0, 0),
+        epoch=0,
+        step=0,
+        micro_step=plan.get("micro_step", 0),
+        num_micro_steps=plan.get("num_micro_steps", 1),
+        packs_per_step=plan.get("packs_per_step", 1),
+        weight_sum=float(len(pairs)),
+        progress=0.0,
+        step_samples=len(pairs),
+    )
+    return pack_pairs(
+        pairs,
+        planned=planned,
+        dataset_ids=[0] * len(pairs),
+        sample_ids=[f"pair {number}" for number in range(len(pairs))],
+        sample_rows=list(range(len(pairs))),
+        reference_logps=[(0.0, 0.0)] * len(pairs),
+        filler_id=0,
+        tile_size=TILE_SIZE,
+        shared_prefix=shared_prefix,
+    )
 
 
 def tiny_data_config(meta: Path, **changes: object) -> DataConfig:

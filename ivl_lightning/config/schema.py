@@ -20,7 +20,7 @@ Reduction = Literal["token", "sample", "square"]
 Normaliser = Literal["step", "micro_batch", "micro_batch_local"]
 PairNormaliser = Literal["step", "micro_batch"]
 Reference = Literal["cached", "online"]
-ShiftUpdate = Literal["step", "pair", "micro_batch"]
+ShiftUpdate = Literal["micro_batch", "pair", "step"]
 Decay = Literal["matrices", "all"]
 Schedule = Literal["cosine", "constant"]
 
@@ -231,7 +231,7 @@ class PreferenceConfig(Strict):
     update: ShiftUpdate = "step"
     normaliser: PairNormaliser = "step"
     reference: Reference = "cached"
-    max_reward: float = 1000.0
+    max_reward: float = 100.0
     chunk_rows: int = 4096
 
 

@@ -51,6 +51,12 @@ class PreferenceDataModule(DynamicPackingDataModule):
         if self.config.cache_dir is not None:
             self._read_answers(progress=True, look_again=self.look_again)
 
+    def _set_up(self, stage: str) -> None:
+        super()._set_up(stage)
+        if stage == "fit":
+            # A step that does not fit is refused here, before hours are spent on the reference.
+            self.stream.pairs.prepare(self.trainer.current_epoch if self.trainer is not None else 0)
+
     def _measure(self) -> None:
         super()._measure()
         answers = self._answers = self._read_answers(progress=self.config.cache_dir is None)

@@ -7,10 +7,11 @@ from importlib.resources import files
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.constants import PREFERENCE_STAGE
 from ivl_lightning.launch.compose import compose_stage, stage_names
 from ivl_lightning.launch.overrides import check_keys, complete
 
@@ -33,8 +34,18 @@ def stage_configs(composed: DictConfig) -> dict[str, RunConfig]:
         ConfigError: a wrong setting.
     """
     arguments = [*HydraConfig.get().overrides.task, *_search_path()]
-    names = stage_names(composed.stages, list(composed.recipe.stages))
+    names = stage_names(composed.stages, _recipe_stages(composed))
     return {name: compose_stage(name, arguments, run_dir=job_folder(composed.run_dir)) for name in names}
+
+
+def _recipe_stages(composed: DictConfig) -> list[str]:
+    """The recipe's stages; the one that learns from pairs only where it is told which."""
+    stages = composed.recipe.stages
+    entry = stages.get(PREFERENCE_STAGE)
+    told = entry is None or composed.stage_data.get(PREFERENCE_STAGE) or OmegaConf.select(entry, "data.meta")
+    if not told and composed.stages is None:
+        print(f"{PREFERENCE_STAGE} is left out: it needs stage_data.{PREFERENCE_STAGE}=FILE, a meta.json of pairs")
+    return [name for name in stages if told or name != PREFERENCE_STAGE]
 
 
 def job_folder(run_dir: str) -> str:

@@ -15,11 +15,11 @@ from ivl_lightning.config.validate import validate
 from ivl_lightning.constants import STAGES
 from ivl_lightning.launch.overrides import flatten, literal
 
-ALIASES = {"1": "mlp_warmup", "1.5": "vit_incremental", "2": "instruction_tuning"}
+ALIASES = {"1": "mlp_warmup", "1.5": "vit_incremental", "2": "instruction_tuning", "mpo": "mixed_preference"}
 
 
 def stage_names(requested: Sequence[object] | None, recipe_stages: Sequence[str]) -> list[str]:
-    """Stages to run, in order; aliases 1, 1.5 and 2 are accepted.
+    """Stages to run, in order; aliases 1, 1.5, 2 and mpo are accepted.
 
     Raises:
         ConfigError: an unknown stage, one named twice, or none at all.

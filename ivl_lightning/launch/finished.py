@@ -11,11 +11,12 @@ from typing import Any
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.constants import PREFERENCE_STAGE
 
 DONE_NAME = "done.json"
 
 # Settings that say how a stage ran and not what it learned.
-_VOLATILE = (
+_VOLATILE: tuple[str, ...] = (
     "run_dir",
     "stages",
     "stage_data",
@@ -37,6 +38,11 @@ _VOLATILE = (
     "trainer.keep_checkpoints",
     "trainer.threads",
 )
+
+
+# Settings that a chain shares and only the one or the other kind of stage reads.
+_OF_PREFERENCE = ("preference", "data.batch_pairs", "data.augmentation_seed", "data.generation_meta")
+_OF_SUPERVISED = ("loss",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +120,13 @@ def _remedy(folder: Path) -> str:
 
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings by dotted key, without those that only say how a stage runs; plain JSON values."""
+    """Settings by dotted key, without those that only say how a stage runs or that it does not read; JSON values."""
+    others = _OF_SUPERVISED if config.stage.name == PREFERENCE_STAGE else _OF_PREFERENCE
     plain = json.loads(json.dumps(asdict(config)))
     return {
         key: value
         for key, value in _dotted(plain)
-        if not any(key == volatile or key.startswith(f"{volatile}.") for volatile in _VOLATILE)
+        if not any(key == volatile or key.startswith(f"{volatile}.") for volatile in (*_VOLATILE, *others))
     }
 
 

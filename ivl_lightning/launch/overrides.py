@@ -11,7 +11,20 @@ from hydra.core.override_parser.types import Override
 from ivl_lightning.config.check import ConfigError, unknown_key
 
 GROUPS = frozenset(
-    ("model", "data", "stage", "loss", "optim", "trainer", "strategy", "callbacks", "logger", "recipe", "experiment")
+    (
+        "model",
+        "data",
+        "stage",
+        "loss",
+        "optim",
+        "trainer",
+        "strategy",
+        "preference",
+        "callbacks",
+        "logger",
+        "recipe",
+        "experiment",
+    )
 )
 
 

@@ -18,14 +18,16 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from ivl_lightning.checkpoints.weights import full_state_dict, save_weights
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import RunConfig
-from ivl_lightning.constants import WEIGHTS_FOLDER
+from ivl_lightning.constants import PREFERENCE_STAGE, WEIGHTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
+from ivl_lightning.losses.mpo import PreferenceMixture
 from ivl_lightning.models.build import build_model
 from ivl_lightning.models.parts import patch_size, tile_size
-from ivl_lightning.stages.supervised import SupervisedStage
+from ivl_lightning.stages.base import Stage
 
 CONFIG_NAME = "config.yaml"
 RANDOM_WEIGHTS = "random"
@@ -93,7 +95,7 @@ class LossEnds(Callback):
 def _finish(
     config: RunConfig,
     folder: Path,
-    stage: SupervisedStage,
+    stage: Stage,
     trainer: L.Trainer,
     losses: LossEnds,
     datamodule: DynamicPackingDataModule,
@@ -135,7 +137,7 @@ def input_hash(config: RunConfig) -> str:
 def build_datamodule(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, look_again: bool = False
 ) -> DynamicPackingDataModule:
-    """The data of a stage.
+    """The data of a stage: conversations, or preference pairs.
 
     Raises:
         ConfigError: tiles of another size than the vision tower takes.
@@ -144,7 +146,8 @@ def build_datamodule(
     side = tile_size(shapes)
     if side != config.data.tile_size:
         raise ConfigError(f"data.tile_size={config.data.tile_size}, but the vision tower takes {side}: make them equal")
-    return DynamicPackingDataModule(
+    kind = PreferenceDataModule if config.stage.name == PREFERENCE_STAGE else DynamicPackingDataModule
+    return kind(
         config.data,
         tokenizer,
         template=config.model.template,
@@ -156,13 +159,16 @@ def build_datamodule(
     )
 
 
-def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SupervisedStage:
+def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     """The LightningModule of a stage; it builds its network when Lightning asks for it."""
     settings = config.stage
     stage_class = get_class(settings._target_)
+    own = (
+        _preference_options(config) if settings.name == PREFERENCE_STAGE else {"loss": instantiate(asdict(config.loss))}
+    )
     return stage_class(
         partial(initial_model, config, tokenizer),
-        loss=instantiate(asdict(config.loss)),
+        **own,
         optim=config.optim,
         trainable=settings.trainable,
         trainable_vision_layers=settings.trainable_vision_layers,
@@ -171,6 +177,22 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Superv
         generation_tokens=settings.generation_tokens,
         sharding=config.strategy,
     )
+
+
+def _preference_options(config: RunConfig) -> dict[str, Any]:
+    settings = config.preference
+    parts = {name: part for name, part in settings.parts.items() if part is not None}
+    return {
+        "mixture": PreferenceMixture(
+            {name: {**part, "head": instantiate(part["head"])} for name, part in parts.items()}
+        ),
+        "beta": settings.beta,
+        "normaliser": settings.normaliser,
+        "reference": settings.reference,
+        "max_reward": settings.max_reward,
+        "chunk_rows": settings.chunk_rows,
+        "weights_id": partial(input_hash, config) if config.init_from or config.model.path else None,
+    }
 
 
 def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ivl_lightning.config.schema import ShiftUpdate
 from ivl_lightning.losses.generation import SFT, label_weights
 from ivl_lightning.losses.pair_head import PairHead
 from ivl_lightning.losses.preference import SigmoidPreference
 from ivl_lightning.losses.quality import BCOPair
-from ivl_lightning.losses.running_shift import ShiftUpdate
 from ivl_lightning.structures import LossOutput, PairScores
+
+Number = TypeVar("Number", Tensor, float)
 
 
 class PreferenceMixture(nn.Module):
@@ -63,16 +65,25 @@ class PreferenceMixture(nn.Module):
         Returns:
             The loss; a part without anything to divide by is 0.
         """
+        sums = {name: term.sum() for name, term in terms.items()}
+        return _weigh(self.means(sums, pairs=pairs, labels=labels), self.weights)
+
+    def means(self, sums: Mapping[str, Number], *, pairs: float, labels: float) -> dict[str, Number]:
+        """Sum of each head's terms over its divisor; see `combine`."""
         divisors = {"pairs": pairs, "labels": labels}
         heads = self._heads()
-        parts = {name: _ratio(term, divisors[heads[name].normalised_by]) for name, term in terms.items()}
-        return _weigh(parts, self.weights)
+        # 0 / 0 is 0: a micro-batch without a pair teaches nothing.
+        return {name: value / (divisors[heads[name].normalised_by] or 1.0) for name, value in sums.items()}
+
+    def own_divisors(self, pairs: PairScores) -> tuple[float, float]:
+        """Pairs and label weights of a micro-batch, what the original divides by."""
+        tokens = pairs.chosen_tokens
+        return float(len(tokens)), float((tokens * label_weights(tokens, self.reduction)).sum())
 
     def forward(self, pairs: PairScores) -> LossOutput:
         """The micro-batch's own means, as in the original."""
-        tokens = pairs.chosen_tokens
-        labels = float((tokens * label_weights(tokens, self.reduction)).sum())
-        return self.combine(self.terms(pairs), pairs=len(tokens), labels=labels)
+        num_pairs, labels = self.own_divisors(pairs)
+        return self.combine(self.terms(pairs), pairs=num_pairs, labels=labels)
 
     def end_step(self) -> None:
         """Tell every head that the optimizer has stepped; every rank must call it."""
@@ -144,16 +155,11 @@ class MPOLoss(nn.Module):
             lengths,
         )
         terms = {"preference": self.preference(pairs), "quality": self.quality(pairs), "generation": chosen_nll}
-        return _weigh({name: _ratio(term, term.numel()) for name, term in terms.items()}, self.weights)
+        return _weigh({name: term.sum() / max(term.numel(), 1) for name, term in terms.items()}, self.weights)
 
     def end_step(self) -> None:
         """Fold the step's rewards into the shift, for `update=step`; every rank must call it."""
         self.quality.end_step()
-
-
-def _ratio(terms: Tensor, divisor: float) -> Tensor:
-    # 0 / 0 is 0: a micro-batch without a pair teaches nothing.
-    return terms.sum() / (divisor or 1.0)
 
 
 def _weigh(parts: dict[str, Tensor], weights: Mapping[str, float]) -> LossOutput:

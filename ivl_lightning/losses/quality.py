@@ -9,9 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ivl_lightning.config.schema import ShiftUpdate
 from ivl_lightning.losses.pair_head import RewardHead
 from ivl_lightning.losses.rewards import implicit_rewards, log_ratios
-from ivl_lightning.losses.running_shift import RunningShift, ShiftUpdate
+from ivl_lightning.losses.running_shift import RunningShift
 from ivl_lightning.structures import PairScores
 
 

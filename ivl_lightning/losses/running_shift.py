@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-ShiftUpdate = Literal["micro_batch", "pair", "step"]
+from ivl_lightning.config.schema import ShiftUpdate
+
 SHIFT_UPDATES = get_args(ShiftUpdate)
 
 
@@ -60,7 +61,7 @@ class RunningShift(nn.Module):
         """
         if self.training:
             self._take(rewards.detach().double())
-        return self.mean.to(rewards.dtype)
+        return self.mean.to(rewards.dtype, copy=True)
 
     @torch.no_grad()
     def end_step(self) -> None:

@@ -255,6 +255,9 @@ class Stage(L.LightningModule):
         for metric in self._scores.values():
             metric.reset()
 
+    def _validation_loss(self) -> Tensor:
+        return self.val_loss.compute()
+
     @property
     def _scores(self) -> dict[str, ExactMatch]:
         scores = zip(self._score_names, self.val_scores, strict=True)
@@ -282,7 +285,7 @@ class Stage(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss, each dataset's score and their mean."""
         # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
-        self.log("val/loss", self.val_loss.compute(), sync_dist=True)
+        self.log("val/loss", self._validation_loss(), sync_dist=True)
         scores = {name: metric.compute() for name, metric in self._scores.items()}
         for name, score in scores.items():
             self.log(f"val/exact_match/{name}", score, sync_dist=True)

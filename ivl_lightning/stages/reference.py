@@ -1,0 +1,163 @@
+"""Log-probabilities under the reference model: in one pass before training, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ivl_lightning.data.corpus import Corpus
+from ivl_lightning.data.preference_datamodule import PreferenceDataModule
+from ivl_lightning.stages.root import InternVLWithLogps
+from ivl_lightning.structures import PreferenceBatch
+
+_KEEP_SECONDS = 30.0
+"""Scores are written after so many seconds: what a kill can cost."""
+_WAIT_SECONDS = 2.0
+_log = logging.getLogger(__name__)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all parameters, names and values, of a model that is not sharded."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, trainer: L.Trainer) -> int:
+    """Score the pairs that this run needs and the cache does not have; every rank must call it.
+
+    One of several runs over the same pairs scores them, the others wait for it.
+
+    Args:
+        root: with the weights of the reference model; run in eval mode.
+        datamodule: with an open cache; see `PreferenceDataModule.open_reference`.
+        trainer: its device, precision and ranks are used.
+
+    Returns:
+        How many pairs were scored, over all ranks.
+
+    Raises:
+        ValueError: other ranks do not find what this one wrote.
+    """
+    assert datamodule.reference is not None
+    if not datamodule.unscored():
+        return 0
+    with _only_one(datamodule, trainer), _eval_mode(root):
+        # Another run may have scored them while this one waited.
+        work = datamodule.unscored()
+        scored = 0
+        for corpus, training, rows in work:
+            broken = _score(root, corpus, training, rows, datamodule, trainer)
+            scored += len(rows) - broken
+        trainer.strategy.barrier()
+        _check_shared(datamodule, sum(len(rows) for *_, rows in work) - scored, trainer)
+    return scored
+
+
+def _score(
+    root: InternVLWithLogps,
+    corpus: Corpus,
+    training: bool,
+    rows: NDArray[np.int64],
+    datamodule: PreferenceDataModule,
+    trainer: L.Trainer,
+) -> int:
+    """Score some rows of a corpus; returns how many broke, over all ranks."""
+    loader = datamodule.scoring_loader(corpus, training, rows)
+    batches: list[PreferenceBatch] = []
+    logps: list[Tensor] = []
+    broken, since = 0, time.monotonic()
+    with _progress(trainer) as progress, torch.inference_mode(), trainer.precision_plugin.forward_context():
+        name = "reference" if training else "reference, validation"
+        task = progress.add_task(name, total=len(rows))
+        for batch in loader:
+            moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+            logps.append(root(moved).detach())
+            batches.append(batch)
+            broken += datamodule.note_rejects(batch.rejects)
+            progress.advance(task, len(batch.planned.pack.samples) * trainer.world_size)
+            if time.monotonic() - since > _KEEP_SECONDS:
+                datamodule.keep_scores(corpus, batches, logps)
+                batches, logps, since = [], [], time.monotonic()
+    datamodule.keep_scores(corpus, batches, logps)
+    own = torch.tensor(float(broken), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(own, reduce_op="sum"))
+
+
+def _check_shared(datamodule: PreferenceDataModule, broken: int, trainer: L.Trainer) -> None:
+    left = sum(len(rows) for *_, rows in datamodule.unscored())
+    if left > broken:
+        assert datamodule.reference is not None
+        raise ValueError(
+            f"{left} pairs have no reference log-probabilities after all were scored ({broken} could not be read): "
+            f"give data.cache_dir a folder that all nodes share, not {datamodule.reference.folder.parent}"
+        )
+
+
+@contextmanager
+def _only_one(datamodule: PreferenceDataModule, trainer: L.Trainer) -> Iterator[None]:
+    """Hold the cache's lock on the first rank; the other ranks wait with it, a short collective at a time."""
+    assert datamodule.reference is not None
+    folder = datamodule.reference.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    waited = False
+    while True:
+        held = trainer.global_rank != 0 or _acquired(lock)
+        if trainer.strategy.broadcast(held):
+            break
+        if not waited and trainer.is_global_zero:
+            _log.warning(
+                "another run computes the same reference log-probabilities; waiting for it (%s)", lock.lock_file
+            )
+        waited = True
+        time.sleep(_WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+@contextmanager
+def _eval_mode(root: nn.Module) -> Iterator[None]:
+    """No drop path: the reference model is a fixed function. Modes are given back as they were."""
+    modes = {module: module.training for module in root.modules()}
+    root.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _progress(trainer: L.Trainer) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("pairs"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    return Progress(*columns, disable=not trainer.is_global_zero or trainer.progress_bar_callback is None)
