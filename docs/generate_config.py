@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ivl_lightning.config import schema
 from ivl_lightning.config.audit import AuditConfig
+from ivl_lightning.config.preferences import PreferencesConfig
 
 TARGET = Path(__file__).with_name("config.md")
 
@@ -23,11 +24,13 @@ GROUPS: dict[str, type] = {
     "data.prepare": schema.PrepareConfig,
     "stage": schema.StageConfig,
     "loss": schema.LossConfig,
+    "preference": schema.PreferenceConfig,
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "strategy": schema.StrategyConfig,
     "recipe": schema.RecipeConfig,
     "ivl-audit": AuditConfig,
+    "ivl-preferences": PreferencesConfig,
 }
 
 HEADER = """\

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ivl_lightning.reporting.audit.audit import Audit, Geometry
 
 OVER_LIMIT, MISTAKE, CRASH, INTERRUPTED = 1, 2, 70, 130
-_TRAINING_ONLY = ("optim", "strategy", "recipe", "trainer", "loss")
+_TRAINING_ONLY = ("optim", "strategy", "recipe", "trainer", "loss", "preference")
 """What a recipe brings along besides model and data."""
 _STAND_IN = "the embedded miniature's tokenizer"
 _STAND_IN_ROWS = 40
@@ -143,18 +143,23 @@ def _is_choice(override: Override) -> bool:
 def _audit(config: AuditConfig) -> Audit:
     # Imported late: --help and wrong settings need neither torch nor transformers.
     from ivl_lightning.data.corpus import read_corpus
-    from ivl_lightning.data.encoding import encoder_factory
+    from ivl_lightning.data.encoding import RowEncoder, encoder_factory
     from ivl_lightning.data.exclusion import check_exclusions
+    from ivl_lightning.data.pair_encoding import PairEncoder
     from ivl_lightning.reporting.audit.audit import audit_corpus
 
     _quiet()
     tokenizer = _tokenizer(config)
     geometry = _geometry(config)
-    tile_tokens = geometry.tokens_per_tile
-    train, validation = (
-        encoder_factory(config.data, tokenizer, template=geometry.template, tile_tokens=tile_tokens, training=training)
-        for training in (True, False)
+    make = partial(
+        encoder_factory,
+        config.data,
+        tokenizer,
+        template=geometry.template,
+        tile_tokens=geometry.tokens_per_tile,
+        encoder=PairEncoder if config.stage.rows == "pairs" else RowEncoder,
     )
+    train, validation = make(training=True), make(training=False)
     # In a log file a bar would leave nothing but blank lines.
     show, cache = config.progress_bar and sys.stderr.isatty(), config.data.cache_dir
     read = partial(

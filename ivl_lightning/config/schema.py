@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Part = Literal["vision", "projector", "llm"]
+Rows = Literal["conversations", "pairs"]
 OverLength = Literal["reject", "truncate", "shrink"]
 ImageLabels = Literal["keep", "auto"]
 RepeatRule = Literal["random", "prefix"]
@@ -75,6 +76,7 @@ class StageConfig(Strict):
     Attributes:
         _target_: the LightningModule.
         name: the stage's name and its folder in the run.
+        rows: what it learns from: conversations, or preference pairs.
         trainable: parts that get gradients; null takes the class's own choice (the paper's).
         trainable_vision_layers: only the last n layers of the vision tower train; null trains all of a trainable tower.
         drop_path_rate: stochastic depth of the last vision layer, rising linearly from 0 at the first.
@@ -83,6 +85,7 @@ class StageConfig(Strict):
 
     _target_: str
     name: str
+    rows: Rows = "conversations"
     trainable: list[Part] | None = None
     trainable_vision_layers: int | None = None
     drop_path_rate: float = 0.0
@@ -96,11 +99,13 @@ class PrepareConfig(Strict):
     Attributes:
         _target_: the function, called once by the launching process.
         folder: where it writes.
+        needs_weights: hand it the folder of the weights that the stage starts from, as `weights`.
         options: further arguments.
     """
 
     _target_: str
     folder: str
+    needs_weights: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
-from ivl_lightning.constants import PREFERENCE_STAGE
 
 
 def validate(config: RunConfig) -> None:
@@ -14,7 +13,7 @@ def validate(config: RunConfig) -> None:
         ConfigError: lists every contradiction, with both values and what to do.
     """
     faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
-    if config.stage.name == PREFERENCE_STAGE:
+    if config.stage.rows == "pairs":
         faults += _preference_faults(config)
     if faults:
         raise ConfigError(f"stage {config.stage.name}:\n" + "\n".join(faults))
@@ -87,14 +86,14 @@ def _preference_faults(config: RunConfig) -> list[str]:
     if preference.max_reward <= 0:
         faults.append(f"preference.max_reward={preference.max_reward} must be above 0")
     for name, part in preference.parts.items():
-        if part is not None and (set(part) != {"weight", "head"} or "_target_" not in part["head"]):
+        if part is not None and (set(part) != {"weight", "head"} or "_target_" not in (part["head"] or ())):
             faults.append(f"preference.parts.{name} needs `weight` and a `head` with `_target_`, or null")
     if not any(part is not None for part in preference.parts.values()):
         faults.append("preference.parts names no part: choose preference=mpo or preference=dpo")
     if data.batch_pairs < data.packs_per_step:
         faults.append(
-            f"data.batch_pairs={data.batch_pairs} is less than data.packs_per_step={data.packs_per_step}, so packs would "
-            "stay empty: lower packs_per_step (a multiple of the ranks), or raise batch_pairs"
+            f"data.batch_pairs={data.batch_pairs} is less than data.packs_per_step={data.packs_per_step}, so packs "
+            "would stay empty: lower packs_per_step (a multiple of the ranks), or raise batch_pairs"
         )
     if data.over_length == "truncate":
         faults.append("data.over_length=truncate would cut answers of preference pairs: use reject or shrink")

@@ -50,6 +50,11 @@ class Corpus:
         """Rows that cannot be used, of all datasets."""
         return tuple(line for index in self.indexes for line in index.rejects)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are preference pairs."""
+        return any(encoder.pairs for encoder in self.encoders)
+
     def __len__(self) -> int:
         return sum(self.sizes)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -41,9 +41,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
     Training batches are `PackedBatch`; validation has two loaders, packs for the loss and `PromptBatch` for answers.
     The datamodule sets the trainer's accumulation: packs_per_step / data-parallel ranks.
 
-    Attributes:
-        trains_pairs: plan preference pairs; see `PreferenceDataModule`.
-
     Args:
         config: paths, caps, tiling, validation.
         tokenizer: with the nine special tokens.
@@ -56,8 +53,6 @@ class DynamicPackingDataModule(L.LightningDataModule):
         look_again: look again at rows of a cached index whose media could not be read. Not where a run goes on from a
             checkpoint: its epoch ends with the rows it began with.
     """
-
-    trains_pairs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -129,7 +124,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
                 reduction=self.reduction,
                 cost=self.cost,
                 epochs=self._epochs,
-                pairs=self.trains_pairs,
+                pairs=self.train_corpus.pairs,
             )
             self._stream = TrainingStream(self.train_corpus, self.config, settings)
 

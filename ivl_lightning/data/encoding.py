@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,12 @@ class RowEncoder:
         tokenizer: with the nine special tokens.
         settings: caps, tiling, frames, template.
         retries: further tries to read a row's media.
+
+    Attributes:
+        pairs: whether rows are preference pairs.
     """
+
+    pairs: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ class PairEncoder(RowEncoder):
     Raises:
         ValueError: `data.over_length` is truncate.
     """
+
+    pairs: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -128,6 +128,16 @@ class PairPlan(TrainingPlan):
         first = 0 if state is None else state["step"]
         return (self._step(self._planned, number) for number in range(first, self.steps_per_epoch))
 
+    def packs_needed(self, epoch: int) -> int:
+        """The fewest `packs_per_step` that first fit finds enough for every step of an epoch."""
+        settings = self.settings
+        order = epoch_order(self.mixture, seed=settings.seed, epoch=epoch, rule=settings.repeat_rule)
+        _, tokens, tiles = self._sizes(order, epoch)
+        sizes = [(0.0, int(length), int(count)) for length, count in zip(tokens, tiles, strict=True)]
+        caps = settings.max_tokens, settings.max_tiles
+        starts = range(0, len(sizes), self._batch)
+        return max(max(_to_first(sizes[start : start + self._batch], caps)) + 1 for start in starts)
+
     def used_rows(self, max_steps: int | None) -> NDArray[np.int64]:
         """Rows that a run trains on, rising; all where it has no end.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,6 @@ class PreferenceDataModule(DynamicPackingDataModule):
         reference: cache of reference log-probabilities, once `open_reference` was called; without one they are NaN in
             the batches.
     """
-
-    trains_pairs: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -98,7 +98,7 @@ class TrainingStream:
         if not self.mixture:
             raise ValueError(NO_ROW)
         self.view = self._view()
-        self._plan = _plan_of(self.view, self.mixture, settings)
+        self._plan = plan_of(self.view, self.mixture, settings)
         self._finished = False
 
     def _view(self) -> Corpus:
@@ -141,7 +141,7 @@ class TrainingStream:
         if (mixture, cost) != (self.mixture, self._plan.settings.cost):
             self.mixture = mixture
             self.view = self._view()
-            self._plan = _plan_of(self.view, mixture, replace(self.settings, cost=cost))
+            self._plan = plan_of(self.view, mixture, replace(self.settings, cost=cost))
         self._plan.prepare(epoch)
         self.position.epoch, self.position.state = epoch, plan_state
 
@@ -176,7 +176,14 @@ class TrainingStream:
         return position_state(self.position, self.mixture, self._plan.settings)
 
 
-def _plan_of(view: Corpus, mixture: tuple[Share, ...], settings: PlanSettings) -> TrainingPlan:
+def plan_of(view: Corpus, mixture: tuple[Share, ...], settings: PlanSettings) -> TrainingPlan:
+    """The plan of conversations, or of preference pairs.
+
+    Args:
+        view: datasets of the mixture.
+        mixture: of every epoch.
+        settings: see `plan_settings`.
+    """
     if settings.batch_pairs is None:
         return TrainingPlan(view.plan_rows, mixture, settings)
     return PairPlan(view.pair_rows, mixture, settings)

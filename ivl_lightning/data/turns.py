@@ -100,7 +100,10 @@ def place_images(
 def _conversations(row: Mapping[str, object]) -> list[object]:
     entries = row.get("conversations")
     if entries is None or entries == []:
-        raise RowError("conversations_missing", "the row has no `conversations`: add a human turn and a gpt turn")
+        hint = "add a human turn and a gpt turn"
+        if "chosen" in row:
+            hint = "it is a preference pair, for the stage mixed_preference"
+        raise RowError("conversations_missing", f"the row has no `conversations`: {hint}")
     if not isinstance(entries, list):
         kind = type(entries).__name__
         raise RowError("conversations_invalid", f"`conversations` is a {kind}: write a list of turns")

@@ -99,7 +99,7 @@ def _run_or_skip(name: str, config: RunConfig) -> Finished:
     if newest_checkpoint(folder) is not None:
         check_same_settings(deciding_settings(read_config(folder)), config, folder, "begun")
     if config.data.prepare is not None:
-        prepare(config.data.prepare)
+        prepare(config.data.prepare, config.init_from or config.model.path)
     write_config(config, folder)
     rich_print(f"[bold]{name}[/bold] -> {folder}")
     code = subprocess.run([sys.executable, "-m", "ivl_lightning.cli.stage", str(folder)], check=False).returncode
@@ -110,7 +110,20 @@ def _run_or_skip(name: str, config: RunConfig) -> Finished:
     return finished
 
 
-def prepare(config: PrepareConfig) -> None:
-    """Make the data a stage needs; the function itself skips what is there."""
+def prepare(config: PrepareConfig, weights: str | None = None) -> None:
+    """Make the data a stage needs; the function itself skips what is there.
+
+    Args:
+        config: the function and its arguments.
+        weights: folder that the stage starts from.
+
+    Raises:
+        ConfigError: the function needs weights and there are none.
+    """
     function: Any = get_method(config._target_)
-    function(config.folder, **config.options)
+    if not config.needs_weights:
+        function(config.folder, **config.options)
+        return
+    if weights is None:
+        raise ConfigError(f"{config._target_} needs weights to make its data: give init_from=RUN or model.path=FOLDER")
+    function(config.folder, weights=weights, **config.options)

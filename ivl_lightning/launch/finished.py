@@ -11,7 +11,6 @@ from typing import Any
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
-from ivl_lightning.constants import PREFERENCE_STAGE
 
 DONE_NAME = "done.json"
 
@@ -121,7 +120,7 @@ def _remedy(folder: Path) -> str:
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Settings by dotted key, without those that only say how a stage runs or that it does not read; JSON values."""
-    others = _OF_SUPERVISED if config.stage.name == PREFERENCE_STAGE else _OF_PREFERENCE
+    others = _OF_SUPERVISED if config.stage.rows == "pairs" else _OF_PREFERENCE
     plain = json.loads(json.dumps(asdict(config)))
     return {
         key: value

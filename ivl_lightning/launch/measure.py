@@ -32,8 +32,12 @@ def measure_stages(configs: Mapping[str, RunConfig]) -> bool:
     for name, config in configs.items():
         if config.data.cache_dir is None:
             raise ConfigError("data.cache_dir=null: give a folder, where training will look for the index")
-        if config.data.prepare is not None:
-            prepare(config.data.prepare)
+        prepared = config.data.prepare
+        if prepared is not None and prepared.needs_weights and config.init_from is None:
+            console.print(f"{name}: its data are made by the stage itself, from the weights it starts from")
+            continue
+        if prepared is not None:
+            prepare(prepared, config.init_from)
         datamodule = build_datamodule(config, tokenizer_of(config.model, config.init_from))
         train, validation = datamodule.read_corpora(progress=True, look_again=True)
         console.print(_table(name, train, validation))

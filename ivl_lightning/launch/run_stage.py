@@ -18,7 +18,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from ivl_lightning.checkpoints.weights import full_state_dict, save_weights
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import RunConfig
-from ivl_lightning.constants import PREFERENCE_STAGE, WEIGHTS_FOLDER
+from ivl_lightning.constants import WEIGHTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
@@ -146,7 +146,7 @@ def build_datamodule(
     side = tile_size(shapes)
     if side != config.data.tile_size:
         raise ConfigError(f"data.tile_size={config.data.tile_size}, but the vision tower takes {side}: make them equal")
-    kind = PreferenceDataModule if config.stage.name == PREFERENCE_STAGE else DynamicPackingDataModule
+    kind = PreferenceDataModule if config.stage.rows == "pairs" else DynamicPackingDataModule
     return kind(
         config.data,
         tokenizer,
@@ -163,9 +163,7 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     """The LightningModule of a stage; it builds its network when Lightning asks for it."""
     settings = config.stage
     stage_class = get_class(settings._target_)
-    own = (
-        _preference_options(config) if settings.name == PREFERENCE_STAGE else {"loss": instantiate(asdict(config.loss))}
-    )
+    own = preference_options(config) if settings.rows == "pairs" else {"loss": instantiate(asdict(config.loss))}
     return stage_class(
         partial(initial_model, config, tokenizer),
         **own,
@@ -179,7 +177,8 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     )
 
 
-def _preference_options(config: RunConfig) -> dict[str, Any]:
+def preference_options(config: RunConfig) -> dict[str, Any]:
+    """Arguments of the preference stage: its heads, built, and its switches."""
     settings = config.preference
     parts = {name: part for name, part in settings.parts.items() if part is not None}
     return {

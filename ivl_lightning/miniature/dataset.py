@@ -15,6 +15,8 @@ from ivl_lightning.miniature import pictures, tasks
 from ivl_lightning.miniature.tasks import KINDS, Example, Kind
 
 MAX_GRID_TILES = 4
+_TOLD = ("val", "train")
+"""Splits whose scenes are told in words too."""
 _DESCRIPTION = "dataset.json"
 _MOST_DRAWS = 100
 """Draws for one row before its kind is taken to be exhausted."""
@@ -29,14 +31,17 @@ def write_dataset(
     val_rows: int,
     seed: int,
     tile_size: int = 64,
+    pair_rows: int = 0,
+    pair_val_rows: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> None:
     """Write pictures and rows under `folder`, or nothing if they are there for these settings already.
 
     `meta.json` and `val_meta.json` list one dataset for each kind, with pictures; no picture and no text-only question
     of the one is in the other. `language_meta.json` and `language_val_meta.json` ask the same questions about scenes
-    told in words: scenes are coarser than pictures, so these two may share some. `dataset.json` is written last
-    and holds the settings, their hash and each kind's floor.
+    told in words: scenes are coarser than pictures, so these two may share some. `pairs_meta.json` and
+    `pairs_val_meta.json` hold questions that no other stage sees, for preference pairs to be made of. `dataset.json` is
+    written last and holds the settings, their hash and each kind's floor.
 
     Args:
         folder: made if missing.
@@ -44,23 +49,25 @@ def write_dataset(
         val_rows: validation rows of each kind.
         seed: with the code and Pillow's version, all that the content depends on.
         tile_size: side of a tile in pixels.
+        pair_rows, pair_val_rows: rows of each kind for preference pairs, and for those of validation.
         advance: called after each row.
 
     Raises:
         ValueError: a kind has too few different examples for so many rows.
     """
-    settings = {"rows": rows, "val_rows": val_rows, "seed": seed, "tile_size": tile_size}
+    counts = {"val": val_rows, "train": rows, "pairs": pair_rows, "pairs_val": pair_val_rows}
+    settings = {**counts, "seed": seed, "tile_size": tile_size}
     description = json.dumps(_describe(settings), indent=2) + "\n"
     marker = folder / _DESCRIPTION
     if marker.is_file() and marker.read_text(encoding="utf-8") == description:
         return
     marker.unlink(missing_ok=True)
     seen: set[bytes] = set()
-    for split, count in (("val", val_rows), ("train", rows)):
+    for split, count in counts.items():
         for name, kind in KINDS.items():
             examples = _draw_unseen(name, kind, count, Random(f"{seed}/{split}/{name}"), tile_size, seen)
             _write_kind(folder, split, name, examples, advance)
-    _write_metas(folder, rows, val_rows)
+    _write_metas(folder, counts)
     # Another name until it is whole: whoever finds the description may trust what it describes.
     part = marker.with_suffix(".part")
     part.write_text(description, encoding="utf-8")
@@ -101,6 +108,7 @@ def _write_kind(
     folder: Path, split: str, name: str, examples: Iterable[Example], advance: Callable[[], object]
 ) -> None:
     media = folder / split / name
+    is_told = split in _TOLD
     media.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     language_rows: list[Row] = []
@@ -110,7 +118,8 @@ def _write_kind(
         language_rows.append(_row(row_id, example.question_in_words(), example.answer))
         advance()
     _write_jsonl(folder / split / f"{name}.jsonl", rows)
-    _write_jsonl(folder / f"language_{split}" / f"{name}.jsonl", language_rows)
+    if is_told:
+        _write_jsonl(folder / f"language_{split}" / f"{name}.jsonl", language_rows)
 
 
 def _row(row_id: str, question: str, answer: str) -> Row:
@@ -132,12 +141,24 @@ def _write_jsonl(file: Path, rows: list[Row]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_metas(folder: Path, rows: int, val_rows: int) -> None:
+def _write_metas(folder: Path, counts: dict[str, int]) -> None:
     for prefix in ("", "language_"):
-        train = {name: _entry(f"{prefix}train", name, rows, kind.repeat_time) for name, kind in KINDS.items()}
-        val = {name: _entry(f"{prefix}val", name, val_rows, 1) for name in KINDS}
-        (folder / f"{prefix}meta.json").write_text(json.dumps(train, indent=2) + "\n", encoding="utf-8")
-        (folder / f"{prefix}val_meta.json").write_text(json.dumps(val, indent=2) + "\n", encoding="utf-8")
+        train = {
+            name: _entry(f"{prefix}train", name, counts["train"], kind.repeat_time) for name, kind in KINDS.items()
+        }
+        _write_meta(folder / f"{prefix}meta.json", train)
+        _write_meta(folder / f"{prefix}val_meta.json", _entries(f"{prefix}val", counts["val"]))
+    for split in ("pairs", "pairs_val"):
+        if counts[split]:
+            _write_meta(folder / f"{split}_meta.json", _entries(split, counts[split]))
+
+
+def _write_meta(file: Path, entries: dict[str, Row]) -> None:
+    file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _entries(split: str, length: int) -> dict[str, Row]:
+    return {name: _entry(split, name, length, 1) for name in KINDS}
 
 
 def _entry(split: str, name: str, length: int, repeat_time: float) -> Row:

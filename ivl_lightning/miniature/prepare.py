@@ -20,7 +20,16 @@ _PATIENCE = 1.0
 """Seconds before a progress bar is worth showing."""
 
 
-def prepare(folder: str | Path, *, rows: int = 2000, val_rows: int = 100, seed: int = 0, tile_size: int = 64) -> None:
+def prepare(
+    folder: str | Path,
+    *,
+    rows: int = 2000,
+    val_rows: int = 100,
+    pair_rows: int = 0,
+    pair_val_rows: int = 0,
+    seed: int = 0,
+    tile_size: int = 64,
+) -> None:
     """Make the dataset, and the tokenizer in `folder/tokenizer`; what is there for these settings is kept.
 
     A call that is killed leaves nothing that a later one would take for whole.
@@ -28,6 +37,7 @@ def prepare(folder: str | Path, *, rows: int = 2000, val_rows: int = 100, seed: 
     Args:
         folder: made if missing.
         rows, val_rows: rows of each kind of question.
+        pair_rows, pair_val_rows: the same for preference pairs.
         seed: of all random choices.
         tile_size: side of a tile in pixels.
 
@@ -36,8 +46,9 @@ def prepare(folder: str | Path, *, rows: int = 2000, val_rows: int = 100, seed: 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _late_progress_bar("Drawing the miniature's pictures", len(KINDS) * (rows + val_rows)) as advance:
-        write_dataset(folder, rows=rows, val_rows=val_rows, seed=seed, tile_size=tile_size, advance=advance)
+    counts = {"rows": rows, "val_rows": val_rows, "pair_rows": pair_rows, "pair_val_rows": pair_val_rows}
+    with _late_progress_bar("Drawing the miniature's pictures", len(KINDS) * sum(counts.values())) as advance:
+        write_dataset(folder, **counts, seed=seed, tile_size=tile_size, advance=advance)
     _ensure_tokenizer(folder)
 
 

@@ -1,5 +1,6 @@
 """Every config composes, is checked by the schema, and instantiates on the meta device."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from ivl_lightning.config import schema
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.constants import STAGES
 from ivl_lightning.launch.compose import compose_stage, stage_names
+from ivl_lightning.launch.finished import deciding_settings
 from ivl_lightning.launch.overrides import check_keys, complete, flatten, literal, parse
+from ivl_lightning.launch.run_stage import preference_options
 from ivl_lightning.models.build import build_config
-from ivl_lightning.stages.supervised import SupervisedStage
+from ivl_lightning.stages.base import Stage
 
 CONF = Path(__file__).parents[2] / "conf"
 PARAMETERS = {
@@ -32,6 +35,7 @@ PARAMETERS = {
 GROUP_SCHEMAS = {
     "data/default": schema.DataConfig,
     "loss/next_token": schema.LossConfig,
+    "preference/mpo": schema.PreferenceConfig,
     "optim/adamw": schema.OptimConfig,
     "trainer/default": schema.TrainerConfig,
     "strategy/single": schema.StrategyConfig,
@@ -61,7 +65,7 @@ def test_every_stage_of_every_recipe(name):
     for stage in stages:
         config = stage_config(stage, *arguments)
         assert config.recipe.name == name
-        assert issubclass(get_class(config.stage._target_), SupervisedStage)
+        assert issubclass(get_class(config.stage._target_), Stage)
         assert instantiate({"_target_": config.loss._target_}).reduction == config.loss.reduction
 
 
@@ -69,7 +73,7 @@ def test_every_stage_of_every_recipe(name):
     ("group", "choice"),
     [
         (group, name)
-        for group in ("optim", "loss", "trainer", "strategy", "logger", "callbacks", "experiment")
+        for group in ("optim", "loss", "preference", "trainer", "strategy", "logger", "callbacks", "experiment")
         for name in names(group)
     ],
 )
@@ -101,6 +105,8 @@ def test_yaml_and_schema_agree(name, kind):
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert set(values) == {field.name for field in fields(kind)}
     required = {name: value for name, value in (("meta", "M"), ("name", values.get("name"))) if name in values}
+    if kind is schema.PreferenceConfig:
+        required["parts"] = values["parts"]  # no default: the heads are classes
     if kind is schema.DataConfig:
         values["cache_dir"] = None  # in a run it lies in the run folder
     assert load(kind, {**values, **required}) == kind(**required)
@@ -115,6 +121,69 @@ def test_published_numbers_of_a_recipe():
     assert (warmup.optim.lr, warmup.optim.warmup_steps, warmup.stage.drop_path_rate) == (2e-4, 100, 0.0)
     incremental = stage_config("vit_incremental", "recipe=internvl2_5_26b", "data.meta=M")
     assert (incremental.data.packs_per_step, incremental.stage.drop_path_rate) == (1024, 0.4)
+
+
+@pytest.mark.parametrize("size", ["1b", "2b", "4b", "8b", "26b", "38b", "78b"])
+def test_published_numbers_of_mpo(size):
+    """shell/internvl2.5_mpo: lr 1e-6, 256 pairs (512 for 38B and 78B), 8,192 tokens, weight decay 0.05, one epoch,
+    warm-up 3 %, drop path 0.1 (0.4 from 26B on), nothing frozen, beta 0.1 and weights 0.8 / 0.2 / 1.0.
+    """
+    config = stage_config("mixed_preference", f"recipe=internvl2_5_{size}", "data.meta=M")
+    large = size in ("38b", "78b")
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_ratio) == (1e-6, 0.05, 0.03)
+    assert (config.data.batch_pairs, config.data.max_sample_tokens) == (512 if large else 256, 8192)
+    assert (config.trainer.max_epochs, config.trainer.max_steps, config.stage.trainable) == (1, None, None)
+    assert config.stage.drop_path_rate == (0.4 if size in ("26b", "38b", "78b") else 0.1)
+    parts = config.preference.parts
+    assert {name: part["weight"] for name, part in parts.items()} == {
+        "preference": 0.8,
+        "quality": 0.2,
+        "generation": 1.0,
+    }
+    assert (parts["preference"]["head"]["beta"], parts["quality"]["head"]["update"]) == (0.1, "step")
+    assert config.optim.decay == "all"
+
+
+@pytest.mark.parametrize("name", names("preference"))
+def test_every_mixture_can_be_built(name):
+    config = stage_config("mixed_preference", "data.meta=M", f"preference={name}", "preference.beta=0.3")
+    mixture = preference_options(config)["mixture"]
+    assert mixture.heads["preference"].beta == 0.3
+    assert set(mixture.heads) == {name for name, part in config.preference.parts.items() if part is not None}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.batch_pairs=1", "data.batch_pairs=1 is less than data.packs_per_step=2"),
+        ("data.over_length=truncate", "would cut answers of preference pairs"),
+        ("model.attention=flash_attention_2", "cannot let two answers share a prompt"),
+        ("preference.beta=0", "preference.beta=0.0 must be above 0"),
+        ("preference.parts.quality.head=null", "preference.parts.quality needs"),
+        ("preference.parts={preference: null, quality: null, generation: null}", "preference.parts names no part"),
+        ("preference.update=epoch", "preference.update='epoch'"),
+        ("preference.reference=twice", "preference.reference='twice'"),
+    ],
+)
+def test_wrong_settings_of_preference_training(argument, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        stage_config("mixed_preference", argument)
+
+
+def test_pairs_are_asked_for_only_where_they_are_told():
+    """A published recipe leaves its last stage out until it is told which pairs to learn from; a beta of the
+    preference stage is nothing that decides stage 2, nor the reweighting anything that decides preference training.
+    """
+    tuning, other = (
+        deciding_settings(stage_config("instruction_tuning", *arguments))
+        for arguments in ((), ("preference.beta=0.2", "data.batch_pairs=8"))
+    )
+    assert tuning == other
+    mixed, other = (
+        deciding_settings(stage_config("mixed_preference", *arguments)) for arguments in ((), ("loss.reduction=token",))
+    )
+    assert mixed == other
+    assert mixed["preference.beta"] == 0.1
 
 
 def test_later_wins():

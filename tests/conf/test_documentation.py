@@ -14,11 +14,12 @@ import pytest
 from ivl_lightning.config import schema
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.check import unknown_key
+from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.data.exclusion import EXCLUDED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GROUPS = "model|data|stage|loss|optim|trainer|strategy|callbacks|logger|recipe"
+GROUPS = "model|data|stage|loss|preference|optim|trainer|strategy|callbacks|logger|recipe"
 # Made up in an example, for a file of the reader's own.
 READERS_OWN = {"mine"}
 
@@ -36,7 +37,7 @@ def load_generator() -> ModuleType:
 
 
 GENERATOR = load_generator()
-CLASSES = [*(kind for _, kind in inspect.getmembers(schema, dataclasses.is_dataclass)), AuditConfig]
+CLASSES = [*(kind for _, kind in inspect.getmembers(schema, dataclasses.is_dataclass)), AuditConfig, PreferencesConfig]
 
 
 def test_the_settings_page_is_up_to_date() -> None:

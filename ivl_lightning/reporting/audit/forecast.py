@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.mixture import epoch_size
-from ivl_lightning.data.plan import Cost, PlannedStep, TrainingPlan, idle_share
-from ivl_lightning.data.stream import mixture_of, plan_settings
+from ivl_lightning.data.pair_plan import PairPlan
+from ivl_lightning.data.plan import Cost, PlannedStep, idle_share
+from ivl_lightning.data.stream import mixture_of, plan_of, plan_settings
 from ivl_lightning.reporting.audit.findings import Forecast
 from ivl_lightning.reporting.audit.progress import tracked
 
@@ -30,7 +32,13 @@ def forecast(corpus: Corpus, config: DataConfig, seed: int, *, cost: Cost, show:
         return None
     view = corpus.view([share.name for share in mixture])
     # How labels are weighed does not decide what is packed.
-    plan = TrainingPlan(view.plan_rows, mixture, plan_settings(config, seed=seed, reduction="token", cost=cost))
+    settings = plan_settings(config, seed=seed, reduction="token", cost=cost, pairs=corpus.pairs)
+    plan = plan_of(view, mixture, settings)
+    if isinstance(plan, PairPlan):
+        # Training would refuse fewer packs than a step's pairs need; the forecast says how many that are.
+        packs = max(config.packs_per_step, plan.packs_needed(0))
+        config = replace(config, packs_per_step=packs)
+        plan = plan_of(view, mixture, replace(settings, packs_per_step=packs))
     steps = tracked(plan.epoch(0), "forecasting steps", int(plan.fewest_steps()) + 1, show=show)
     return summarize([_bare(step) for step in steps], config)
 

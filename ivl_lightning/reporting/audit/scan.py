@@ -12,7 +12,6 @@ from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import reject
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.quality import DUPLICATE, Hit, check_turns, excerpt
-from ivl_lightning.data.turns import parse_turns
 from ivl_lightning.reporting.audit.findings import Remark, Scan, place
 from ivl_lightning.reporting.audit.flagged import Flagged, flag
 from ivl_lightning.reporting.audit.headers import is_remote, note_headers
@@ -88,8 +87,8 @@ def scan_rows(corpus: Corpus, *, exact: bool, show: bool) -> ScanResult:
 
 
 def _scan_row(corpus: Corpus, row: int, record: Record, scan: Scan, tiles: int, keys: _Keys) -> tuple[Hit, ...]:
-    turns, media = parse_turns(record.row), media_of(record.row)
-    encoder = corpus.encoders[corpus.dataset_of(row)]
+    encoder, media = corpus.encoders[corpus.dataset_of(row)], media_of(record.row)
+    turns = encoder.turns(record.row)
     scan.kinds[media.kind] += 1
     if is_remote(media, encoder.reader):
         # Fetched once to measure them; those of opened rows are looked at when they are opened.
@@ -97,7 +96,7 @@ def _scan_row(corpus: Corpus, row: int, record: Record, scan: Scan, tiles: int, 
     else:
         note_headers(scan, encoder, record, media, tiles)
     _note_keys(keys, row, turns, _places(media, encoder.reader))
-    return check_turns(turns)
+    return check_turns(encoder.learned_turns(record.row))
 
 
 def _places(media: RowMedia, reader: MediaReader) -> list[str]:
@@ -116,7 +115,7 @@ def _note_keys(keys: _Keys, row: int, turns: tuple[Turn, ...], places: list[str]
 def _note_frequent(corpus: Corpus, keys: _Keys, scans: list[Scan]) -> None:
     """How many rows of a dataset share their most frequent picture, and their most frequent answer."""
     start = 0
-    for scan, size in zip(scans, corpus.sizes, strict=True):
+    for encoder, scan, size in zip(corpus.encoders, scans, corpus.sizes, strict=True):
         images, answers = keys.images[start : start + size], keys.answers[start : start + size]
         with_images = np.flatnonzero(images)
         rows, first = most_frequent(images[with_images])
@@ -128,7 +127,7 @@ def _note_frequent(corpus: Corpus, keys: _Keys, scans: list[Scan]) -> None:
         rows, first = most_frequent(answers)
         if rows:
             record = corpus.locate(start + first)[1]
-            answer = parse_turns(record.row)[-1].text
+            answer = encoder.turns(record.row)[-1].text
             scan.remarks[SAME_ANSWERS] = Remark(rows, f"{place(record)}: {excerpt(answer)}")
         start += size
 
@@ -137,7 +136,7 @@ def _duplicates(corpus: Corpus, keys: NDArray[np.uint64]) -> list[Flagged]:
     found = []
     for later, first in zip(*duplicates(keys), strict=True):
         record, original = corpus.locate(int(later))[1], corpus.locate(int(first))[1]
-        text = excerpt(parse_turns(record.row)[-1].text)
+        text = excerpt(corpus.encoders[corpus.dataset_of(int(later))].turns(record.row)[-1].text)
         short = text if len(text) <= _DUPLICATE_EXCERPT else f"{text[:_DUPLICATE_EXCERPT]}..."
         found.append(flag(record, Hit(DUPLICATE, short, 1, 0), f"{original.dataset}, {place(original)}"))
     return found
