@@ -14,10 +14,10 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.data.collate import pad_prompts
 from ivl_lightning.data.encoding import RowEncoder
-from ivl_lightning.data.templates import get_template
+from ivl_lightning.data.templates import stop_ids
 from ivl_lightning.inference.generate import generate
 from ivl_lightning.models.parts import tile_size
-from ivl_lightning.models.tokenizer import text_ids
+from ivl_lightning.models.tokenizer import filler_id, text_ids
 from ivl_lightning.structures import PromptBatch, Record, RowError
 
 
@@ -55,8 +55,8 @@ class Sampler:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.config = config
-        marker = tokenizer.convert_tokens_to_ids(get_template(config.model.template).answer_end)
-        self.stop_ids = sorted({token for token in (marker, tokenizer.eos_token_id) if token is not None})
+        self.stop_ids = stop_ids(tokenizer, config.model.template)
+        self._pad_id = filler_id(tokenizer)
 
     def answer(
         self, records: Sequence[Record], *, samples: int, starts: Sequence[str] = ()
@@ -130,11 +130,6 @@ class Sampler:
     def _response(self, start: str, ids: list[int]) -> Response:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
         return Response((start + decode_inside(self.tokenizer, ids[:end])).strip(), finished=end is not None)
-
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
 
 
 def decode_inside(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

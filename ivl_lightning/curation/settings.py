@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ivl_lightning.checkpoints.weights import memory_hash
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.curation.files import write_json
@@ -42,7 +42,7 @@ def deciding_settings(
         **chosen,
         "prompt": config.prompt_style,
         "device": device.type,
-        "weights": weights_fingerprint(model),
+        "weights": memory_hash(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         **{f"encoding.{name}": value for name, value in encoding.items()},
         "data.exif_transpose": config.data.exif_transpose,
@@ -69,12 +69,3 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"output={folder} was begun with {key}={then.get(key)!r}, this command says {settings.get(key)!r}: "
                 "the responses there are of the former. Give another output, or delete the folder to sample again"
             )
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of names, types and values of all parameters as they lie in memory: the model may come from no folder."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

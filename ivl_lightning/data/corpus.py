@@ -172,7 +172,7 @@ def read_corpus(
 
 
 def hold_back(digests: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
-    """Mask of the rows with the `count` smallest digests; equal rows go to the same side.
+    """Mask of the rows with the `count` smallest digests; rows of an equal one go to the same side.
 
     Raises:
         ValueError: nothing would be left to train on.

@@ -29,7 +29,8 @@ from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.ranks import check_agreement, gathered
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, whole_item
 from ivl_lightning.data.stream import TrainingStream, plan_settings
-from ivl_lightning.data.templates import get_template
+from ivl_lightning.data.templates import stop_ids
+from ivl_lightning.models.tokenizer import filler_id
 from ivl_lightning.structures import PackedBatch, PreferenceBatch, PromptBatch, Record, Reject
 
 LEDGER_NAME = "ledger.jsonl"
@@ -133,7 +134,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         train, validation = self.read_corpora(progress=self.config.cache_dir is None)
         self._open_ledger([corpus for corpus in (train, validation) if corpus is not None])
         if self.config.val_rows:
-            train, held_back = train.split(hold_back(train.column("digest"), self.config.val_rows))
+            train, held_back = train.split(hold_back(train.column("question"), self.config.val_rows))
             validation = held_back.measured_again(self._encoder(training=False))
             self.ledger.add(validation.rejects, write=self._rank == 0)
             self.ledger.check(self._num_rows, self.config.reject_limit, validation.rejects)
@@ -364,8 +365,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a generated answer: the template's end marker and the tokenizer's end of text."""
-        marker = self.tokenizer.convert_tokens_to_ids(get_template(self.template).answer_end)
-        return sorted({token for token in (marker, self.tokenizer.eos_token_id) if token is not None})
+        return stop_ids(self.tokenizer, self.template)
 
     @property
     def _cache_dir(self) -> Path | None:
@@ -388,8 +388,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
     @property
     def filler_id(self) -> int:
         """Token that fills what nobody reads: shorter prompts, and an empty micro-batch."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        return filler_id(self.tokenizer)
 
     def _encoder(self, *, training: bool) -> EncoderFactory:
         return self._factory(RowEncoder, training=training)

@@ -148,6 +148,10 @@ class RowEncoder:
         """
         return self.turns(row)
 
+    def question_key(self, row: Mapping[str, object]) -> bytes | None:
+        """What rows about one question share, so that all of them are held back or none; None where rows do not."""
+        return None
+
     def encode_prompt(self, record: Record, answer_start: str = "") -> tuple[list[int], Tensor | None]:
         """Ids up to the last answer, or up to the end of its given beginning, and tiles, for generation.
 

@@ -34,9 +34,11 @@ COLUMNS: dict[str, type[np.generic]] = {
     "video_rate": np.float32,
     "video_seconds": np.float32,
     "digest": np.uint64,
+    "question": np.uint64,
 }
-"""What is kept of a usable row: its place, its cost, the most and fewest frames it may get, what its video holds, and
-a hash of its bytes. `chosen_labels` is 0 where the row is no preference pair."""
+"""What is kept of a usable row: its place, its cost, the most and fewest frames it may get, what its video holds, a
+hash of its bytes, and one of its question, which several preference pairs may share. `chosen_labels` is 0 where the row
+is no preference pair, and `question` then the hash of its bytes."""
 
 _CHUNK_ROWS = 256
 _SMALL_FILE = 1 << 18
@@ -130,21 +132,23 @@ class _Stretches(Dataset[Measured]):
         rejects: list[Reject] = []
         for span, row in zip(spans, self.file.read_spans(spans), strict=True):
             digest = row_digest(row)
-            cost = self._measure(row, span, digest)
-            if isinstance(cost, Reject):
-                rejects.append(cost)
+            measured = self._measure(row, span, digest)
+            if isinstance(measured, Reject):
+                rejects.append(measured)
             else:
-                values.append((span.offset, span.length, span.line, *_numbers(cost), digest))
+                values.append((span.offset, span.length, span.line, *measured))
         columns = zip(*values, strict=True) if values else [()] * len(COLUMNS)
         arrays = {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), columns, strict=True)}
         return Measured(arrays, tuple(rejects), end)
 
-    def _measure(self, raw: bytes, span: RowSpan, digest: int) -> SampleCost | Reject:
+    def _measure(self, raw: bytes, span: RowSpan, digest: int) -> tuple[float, ...] | Reject:
         spec = self.encoder.spec
         record = Record(spec.name, spec.annotation, span.line, {}, span.offset, digest_text(digest))
         try:
             record = replace(record, row=AnnotationFile.parse(raw))
-            return self.encoder.measure(record)
+            question = self.encoder.question_key(record.row)
+            own = digest if question is None else row_digest(question)
+            return *_numbers(self.encoder.measure(record)), digest, own
         except RowError as error:
             return reject(record, error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from ivl_lightning.data.conversation import TokenizedRow, tokenize_row
 from ivl_lightning.data.encoding import RowEncoder, Tokenize
 from ivl_lightning.data.layout import EncodingSettings, Layout
 from ivl_lightning.data.media import MediaReader
-from ivl_lightning.data.pairs import PairLayout, TokenizedPair, conversations_of, tokenize_pair
+from ivl_lightning.data.pairs import MEDIA_KEYS, PairLayout, TokenizedPair, conversations_of, tokenize_pair
 from ivl_lightning.data.turns import parse_turns
 from ivl_lightning.structures import EncodedPair, Record, SampleCost, Turn, VideoCost
 
@@ -66,6 +67,10 @@ class PairEncoder(RowEncoder):
     def learned_turns(self, row: Mapping[str, object]) -> tuple[Turn, ...]:
         """Question and chosen answer; the rejected one may be as bad as it likes."""
         return parse_turns(conversations_of(row)[0])
+
+    def question_key(self, row: Mapping[str, object]) -> bytes:
+        """Question and media, which up to 15 pairs of MMPR share."""
+        return json.dumps([row.get(key) for key in ("question", *MEDIA_KEYS)], sort_keys=True).encode()
 
     def _tokenize(self, record: Record, num_images: int, tokenize: Tokenize = tokenize_row) -> TokenizedRow:
         return tokenize_pair(record.row, lambda row: self._tokenize_row(row, num_images, tokenize))

@@ -15,6 +15,7 @@ from ivl_lightning.data.conversation import TokenizedRow
 from ivl_lightning.data.layout import Layout
 from ivl_lightning.structures import RowError
 
+MEDIA_KEYS = ("image", "video", "clip")
 _ANSWERS = ("chosen", "rejected")
 _TEXTS = ("question", *_ANSWERS)
 
@@ -70,7 +71,7 @@ def conversations_of(row: Mapping[str, object]) -> tuple[dict[str, object], dict
         raise RowError(
             "equal_responses", "'chosen' and 'rejected' are the same, which prefers nothing: remove the pair"
         )
-    media = {key: row[key] for key in ("image", "video", "clip") if key in row}
+    media = {key: row[key] for key in MEDIA_KEYS if key in row}
     first, second = (
         {**media, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}]}
         for text in (chosen, rejected)

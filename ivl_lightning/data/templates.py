@@ -6,6 +6,8 @@ character. InternVL 2.5 ends a turn with a newline after the end marker, the old
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from ivl_lightning.structures import Role
 
 _IDENTITY_2_5 = (
@@ -104,6 +106,16 @@ TEMPLATES: dict[str, Template] = {
         _INTERNVL_ZH,
     )
 }
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Tokens that end a generated answer: the template's end marker and the tokenizer's end of text.
+
+    Raises:
+        ValueError: the template is not known.
+    """
+    marker = tokenizer.convert_tokens_to_ids(get_template(template).answer_end)
+    return sorted({token for token in (marker, tokenizer.eos_token_id) if token is not None})
 
 
 def get_template(name: str) -> Template:

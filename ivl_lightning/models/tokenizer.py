@@ -71,6 +71,12 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return token_id
 
 
+def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token that fills what nobody reads: shorter prompts, and an empty micro-batch."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
 def prompt_start_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Ids that the original's slow tokenizer writes before those of the prompt's own text.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import InternVLForConditionalGeneration
 
+from ivl_lightning.checkpoints.weights import memory_hash
 from ivl_lightning.config.schema import PairNormaliser, Reference
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
@@ -25,7 +26,7 @@ from ivl_lightning.losses.quality import BCOPair
 from ivl_lightning.losses.rewards import implicit_rewards
 from ivl_lightning.models.parts import text_config, vision_config
 from ivl_lightning.stages.base import ModelSource, Stage
-from ivl_lightning.stages.reference import score_missing, weights_hash
+from ivl_lightning.stages.reference import score_missing
 from ivl_lightning.stages.root import InternVLWithLogps
 from ivl_lightning.structures import Answer, PairScores, PlannedPack, PreferenceBatch, PromptBatch
 
@@ -100,7 +101,7 @@ class MixedPreference(Stage):
         if self.reference == "online":
             self._reference_root = (self._frozen(copy.deepcopy(model)),)
         elif self._weights_id is None:
-            found = weights_hash(model)
+            found = memory_hash(model)
             self._weights_id = lambda: found
         return InternVLWithLogps(model, chunk_rows=self.chunk_rows, always_run_vision=self._always_run_vision())
 

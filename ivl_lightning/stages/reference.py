@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -25,15 +24,6 @@ _KEEP_SECONDS = 30.0
 """Scores are written after so many seconds: what a kill can cost."""
 _WAIT_SECONDS = 2.0
 _log = logging.getLogger(__name__)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash of all parameters, names and values, of a model that is not sharded."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, trainer: L.Trainer) -> int:

@@ -64,7 +64,7 @@ def split_validation(
         return corpus, _validation(f"data.val_meta={config.val_meta}", val_corpus, apart=True)
     if not config.val_rows or not len(corpus):
         return corpus, None
-    train, held_back = corpus.split(hold_back(corpus.column("digest"), config.val_rows))
+    train, held_back = corpus.split(hold_back(corpus.column("question"), config.val_rows))
     measured = held_back.measured_again(factory)
     return train, _validation(f"data.val_rows={config.val_rows}", measured, apart=False)
 
