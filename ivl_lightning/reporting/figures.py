@@ -35,14 +35,14 @@ def loss_figure(stages: Sequence[StageFolder]) -> str | None:
     figure, panels = _panels(stages, height=3.8)
     for stage, axes in zip(stages, panels, strict=True):
         losses = stage.metrics.series("train/loss")
-        _line(axes, losses, color=_COLORS[0], alpha=0.35, linewidth=0.8, label="training")
+        line(axes, losses, color=_COLORS[0], alpha=0.35, linewidth=0.8, label="training")
         smooth = smoothed(losses, max(len(losses) // 30, 1))
-        _line(axes, smooth, color=_COLORS[0], linewidth=1.8, label="training, smoothed")
-        _line(axes, stage.metrics.series("val/loss"), color=_COLORS[1], marker="o", label="validation")
+        line(axes, smooth, color=_COLORS[0], linewidth=1.8, label="training, smoothed")
+        line(axes, stage.metrics.series("val/loss"), color=_COLORS[1], marker="o", label="validation")
     panels[0].set_ylabel("loss")
     if min(values) > 0 and max(values) > _LOG_RATIO * min(values):
         _logarithmic(panels[0])
-    return _data_uri(figure, panels)
+    return _with_legend(figure, panels)
 
 
 def dataset_loss_figure(stages: Sequence[StageFolder]) -> str | None:
@@ -55,9 +55,9 @@ def dataset_loss_figure(stages: Sequence[StageFolder]) -> str | None:
         for index, name in enumerate(names):
             losses = stage.metrics.series(f"{DATASET_LOSS}{name}")
             look = {**_look(index), "marker": ""}
-            _line(axes, smoothed(losses, max(len(losses) // 30, 1)), label=name, linewidth=1.2, **look)
+            line(axes, smoothed(losses, max(len(losses) // 30, 1)), label=name, linewidth=1.2, **look)
     panels[0].set_ylabel("loss")
-    return _data_uri(figure, panels)
+    return _with_legend(figure, panels)
 
 
 def score_figure(stages: Sequence[StageFolder]) -> str | None:
@@ -69,12 +69,12 @@ def score_figure(stages: Sequence[StageFolder]) -> str | None:
     for stage, axes in zip(stages, panels, strict=True):
         for index, kind in enumerate(kinds):
             points = _percent(stage.metrics.series(f"{MEAN_SCORE}/{kind}"))
-            _line(axes, points, label=kind, markersize=4, linewidth=1.2, **_look(index))
+            line(axes, points, label=kind, markersize=4, linewidth=1.2, **_look(index))
         mean = _percent(stage.metrics.series(MEAN_SCORE))
-        _line(axes, mean, color="black", marker="o", markersize=5, linewidth=2.6, label="mean")
+        line(axes, mean, color="black", marker="o", markersize=5, linewidth=2.6, label="mean")
     panels[0].set_ylim(-4, 104)
     panels[0].set_ylabel("exact match (%)")
-    return _data_uri(figure, panels)
+    return _with_legend(figure, panels)
 
 
 def _panels(stages: Sequence[StageFolder], height: float) -> tuple[Figure, list[Axes]]:
@@ -105,7 +105,8 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _line(axes: Axes, series: Series, **style: Any) -> None:
+def line(axes: Axes, series: Series, **style: Any) -> None:
+    """Draw a series, thinned where it is long."""
     points = thinned(series, _POINTS)
     axes.plot([step for step, _ in points], [value for _, value in points], **style)
 
@@ -123,10 +124,14 @@ def _percent(series: Series) -> Series:
     return [(step, 100 * value) for step, value in series]
 
 
-def _data_uri(figure: Figure, panels: Sequence[Axes]) -> str:
-    """Add the legend and draw; without a date and with fixed ids, so that the same run gives the same file."""
+def _with_legend(figure: Figure, panels: Sequence[Axes]) -> str:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    return data_uri(figure)
+
+
+def data_uri(figure: Figure) -> str:
+    """Draw; without a date and with fixed ids, so that the same run gives the same file."""
     drawing = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "report"}):
         figure.savefig(drawing, format="svg", metadata={"Date": None})

@@ -46,6 +46,7 @@ def render(run: Run) -> str:
     """The page as text."""
     # Imported late: matplotlib takes its time, and only drawing needs it.
     from ivl_lightning.reporting.figures import dataset_loss_figure, loss_figure, score_figure
+    from ivl_lightning.reporting.preferences import SOURCE_COLUMNS, preference_figure, source_rows
 
     template = files("ivl_lightning.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -59,6 +60,9 @@ def render(run: Run) -> str:
         loss_figure=loss_figure(stages),
         score_figure=score_figure(stages),
         score_rows=score_rows(stages) if score_kinds(stages) else [],
+        preference_figure=preference_figure(stages),
+        source_columns=SOURCE_COLUMNS,
+        source_rows=source_rows(stages),
         dataset_figure=dataset_loss_figure(stages),
         dataset_columns=DATASET_COLUMNS,
         dataset_rows=dataset_rows(stages),

@@ -13,7 +13,8 @@ from rich.table import Table
 NONE = "none"
 MEAN_SCORE = "val/exact_match"
 FOLDED = "what trained"
-COLUMNS = ("stage", FOLDED, "steps", "loss first -> last", "exact match", "wall time")
+REWARD_ACCURACY = "val/reward_accuracy"
+COLUMNS = ("stage", FOLDED, "steps", "loss first -> last", "exact match", "reward accuracy", "wall time")
 
 
 class StageResult(Protocol):
@@ -55,10 +56,10 @@ def print_stage_table(results: Iterable[StageResult], console: Console | None = 
         results: one per stage, in order.
         console: where to; the terminal by default.
     """
-    table = Table(title="stages", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title="stages", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for position, name in enumerate(COLUMNS):
-        # Two-line headers and folded lists of parts fit 80 characters; names and numbers stay whole.
-        header = name.replace(" ", "\n", 1)
+        # Short two-line headers and folded lists of parts fit 80 characters; names and numbers stay whole.
+        header = name.replace("accuracy", "acc.").replace(" ", "\n", 1)
         table.add_column(header, justify="left" if position < 2 else "right", no_wrap=name != FOLDED)
     for result in results:
         table.add_row(*stage_cells(result))
@@ -73,6 +74,7 @@ def stage_cells(result: StageResult) -> tuple[str, ...]:
         f"{result.steps:,}",
         f"{number(result.loss_first, 3)} -> {number(result.loss_last, 3)}",
         percent(result.scores.get(MEAN_SCORE)),
+        percent(result.scores.get(REWARD_ACCURACY)),
         duration(result.seconds),
     )
 
