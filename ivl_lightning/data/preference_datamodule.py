@@ -138,20 +138,21 @@ class PreferenceDataModule(DynamicPackingDataModule):
             for pack in planner.plan(tokens, tiles)
         ]
 
-    def keep_scores(self, corpus: Corpus, batches: Sequence[PreferenceBatch], logps: Sequence[Tensor]) -> None:
+    def keep_scores(
+        self, corpus: Corpus, rows: Sequence[int], checksums: Sequence[int], logps: Sequence[Tensor]
+    ) -> None:
         """Write reference log-probabilities to the cache.
 
         Args:
-            corpus: the batches' rows are of it.
-            batches: of a scoring loader.
-            logps: float32 `[D, 2]` of each.
+            corpus: the rows are of it.
+            rows: of a scoring loader's batches, n in all.
+            checksums: of each row's input.
+            logps: float32 `[D, 2]` of each batch, n rows in all.
 
         Raises:
             IndexWriteError: the folder does not take them.
         """
         assert self.reference is not None
-        rows = [row for batch in batches for row in batch.sample_rows]
         if rows:
             values = np.concatenate([value.float().cpu().numpy() for value in logps])
-            checksums = [number for batch in batches for number in batch.checksums]
-            self.reference.add(row_keys(corpus)[rows].tolist(), values, checksums)
+            self.reference.add(row_keys(corpus)[list(rows)].tolist(), values, checksums)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.stages.root import InternVLWithLogps
-from ivl_lightning.structures import PreferenceBatch
 
 _KEEP_SECONDS = 30.0
 """Scores are written after so many seconds: what a kill can cost."""
@@ -41,6 +40,7 @@ def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, tra
 
     Raises:
         ValueError: other ranks do not find what this one wrote.
+        TooManyRejectsError: more pairs cannot be read than `data.reject_limit` allows.
     """
     assert datamodule.reference is not None
     if not datamodule.unscored():
@@ -48,12 +48,9 @@ def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, tra
     with _only_one(datamodule, trainer), _eval_mode(root):
         # Another run may have scored them while this one waited.
         work = datamodule.unscored()
-        scored = 0
-        for corpus, training, rows in work:
-            broken = _score(root, corpus, training, rows, datamodule, trainer)
-            scored += len(rows) - broken
+        scored = sum(_score(root, *part, datamodule=datamodule, trainer=trainer) for part in work)
         trainer.strategy.barrier()
-        _check_shared(datamodule, sum(len(rows) for *_, rows in work) - scored, trainer)
+        _check_shared(datamodule, broken=sum(len(rows) for *_, rows in work) - scored)
     return scored
 
 
@@ -62,32 +59,39 @@ def _score(
     corpus: Corpus,
     training: bool,
     rows: NDArray[np.int64],
+    *,
     datamodule: PreferenceDataModule,
     trainer: L.Trainer,
 ) -> int:
-    """Score some rows of a corpus; returns how many broke, over all ranks."""
+    """Score some rows of a corpus; returns how many could be, over all ranks."""
     loader = datamodule.scoring_loader(corpus, training, rows)
-    batches: list[PreferenceBatch] = []
+    known: list[int] = []
+    checksums: list[int] = []
     logps: list[Tensor] = []
-    broken, since = 0, time.monotonic()
-    with _progress(trainer) as progress, torch.inference_mode(), trainer.precision_plugin.forward_context():
+    scored, broken, since = 0, 0, time.monotonic()
+    # Not inference mode: what FSDP gathers in it could not be trained with later.
+    with _progress(trainer) as progress, torch.no_grad(), trainer.precision_plugin.forward_context():
         name = "reference" if training else "reference, validation"
         task = progress.add_task(name, total=len(rows))
         for batch in loader:
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             logps.append(root(moved).detach())
-            batches.append(batch)
+            known += batch.sample_rows
+            checksums += batch.checksums
+            scored += batch.num_pairs
             broken += datamodule.note_rejects(batch.rejects)
             progress.advance(task, len(batch.planned.pack.samples) * trainer.world_size)
             if time.monotonic() - since > _KEEP_SECONDS:
-                datamodule.keep_scores(corpus, batches, logps)
-                batches, logps, since = [], [], time.monotonic()
-    datamodule.keep_scores(corpus, batches, logps)
-    own = torch.tensor(float(broken), device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(own, reduce_op="sum"))
+                datamodule.keep_scores(corpus, known, checksums, logps)
+                known, checksums, logps, since = [], [], [], time.monotonic()
+    datamodule.keep_scores(corpus, known, checksums, logps)
+    own = torch.tensor([float(scored), float(broken)], device=trainer.strategy.root_device)
+    all_scored, all_broken = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+    datamodule.note_rejects_elsewhere(int(all_broken) - broken)
+    return int(all_scored)
 
 
-def _check_shared(datamodule: PreferenceDataModule, broken: int, trainer: L.Trainer) -> None:
+def _check_shared(datamodule: PreferenceDataModule, *, broken: int) -> None:
     left = sum(len(rows) for *_, rows in datamodule.unscored())
     if left > broken:
         assert datamodule.reference is not None

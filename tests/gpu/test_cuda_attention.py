@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from ivl_lightning.models.attention import boundaries, packed_attention, varlen_kernel
+from ivl_lightning.models.attention import (
+    boundaries,
+    packed_attention,
+    shared_prefix_boundaries,
+    varlen_kernel,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -22,3 +27,33 @@ def test_kernel_equals_per_document(window):
     found, _ = packed_attention(layer, *inputs, None, sliding_window=window, **boundaries(cu, torch.device("cuda")))
     torch.testing.assert_close(found.float().cpu(), wanted, atol=3e-2, rtol=3e-2)
     assert varlen_kernel.cache_info().currsize == 1
+
+
+def test_kernel_equals_per_segment_where_answers_share_a_prompt():
+    """Two pairs: queries [P, C, R], keys [P, P + C, P + R], the causal diagonal ending at the bottom right.
+
+    A kernel that aligned the diagonal at the top left would let the first token of an answer see one key.
+    """
+    torch.manual_seed(0)
+    lengths = [(5, 3, 2), (200, 70, 90)]
+    queries, keys, rows, start = [], [], [], 0
+    for prompt, chosen, rejected in lengths:
+        seen = list(range(start, start + prompt))
+        answers = [
+            list(range(start + prompt, start + prompt + chosen)),
+            list(range(start + prompt + chosen, start + prompt + chosen + rejected)),
+        ]
+        queries += [prompt, chosen, rejected]
+        keys += [prompt, *(prompt + len(own) for own in answers)]
+        rows += [*seen, *(row for own in answers for row in (*seen, *own))]
+        start += prompt + chosen + rejected
+    cu_queries, cu_keys = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (queries, keys))
+    q, k, v = (torch.randn(1, heads, start, 64) for heads in (8, 2, 2))
+    key_rows = torch.tensor(rows)
+    wanted = packed_attention(
+        torch.nn.Identity(), q, k, v, None, **shared_prefix_boundaries(cu_queries, cu_keys, key_rows, q.device)
+    )[0]
+    halves = [tensor.to("cuda", torch.bfloat16) for tensor in (q, k, v)]
+    arguments = shared_prefix_boundaries(cu_queries, cu_keys, key_rows, halves[0].device)
+    found = packed_attention(torch.nn.Identity(), *halves, None, **arguments)[0]
+    torch.testing.assert_close(found.float().cpu(), wanted, atol=2e-2, rtol=2e-2)

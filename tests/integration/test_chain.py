@@ -23,15 +23,31 @@ def test_every_stage_finishes(run):
     assert result.returncode == 0, result.stderr[-3000:]
     assert all(stage in result.stdout for stage in STAGES)
     done = [json.loads((folder / stage / "done.json").read_text()) for stage in STAGES]
-    assert [entry["steps"] for entry in done] == [10] * 4
+    assert [entry["steps"] for entry in done] == [10] * 4 + [3]
     assert [entry["trained"] for entry in done] == [
         ["llm"],
         ["projector"],
         ["vision", "projector"],
         ["vision", "projector", "llm"],
+        ["vision", "projector", "llm"],
     ]
     assert done[0]["loss_last"] < done[0]["loss_first"]
     assert all(0.0 <= entry["scores"]["val/exact_match"] <= 1.0 for entry in done)
+    assert 0.0 <= done[-1]["scores"]["val/reward_accuracy"] <= 1.0
+
+
+def test_the_preference_stage_learns_from_the_model_s_own_answers(run):
+    """At least the 40 pairs asked for, each chosen answer right; where they come from is counted and reported."""
+    folder, _ = run
+    counts = json.loads((folder / "miniature/pairs_made/counts.json").read_text())["pairs"]
+    files = sorted((folder / "miniature/pairs_made/pairs").glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(rows) == sum(sum(kind.values()) for kind in counts.values()) >= 40
+    assert all(row["chosen"] == row["answer_gt"] != row["rejected"] for row in rows)
+    perturbed = sum(kind["perturbed"] for kind in counts.values())
+    assert sum(row["method"] == "perturbed" for row in rows) == perturbed
+    report = (folder / "report.html").read_text()
+    assert f"<td>training</td><td>{len(rows) - perturbed}</td><td>{perturbed}</td>" in report
 
 
 def test_each_stage_starts_from_the_one_before(run):
@@ -59,7 +75,7 @@ def test_finished_stages_are_skipped_and_a_changed_setting_is_named(run):
     folder, _ = run
     again = train(*SMOKE, f"run_dir={folder}")
     assert again.returncode == 0
-    assert again.stdout.count("is finished, skipped") == 4
+    assert again.stdout.count("is finished, skipped") == len(STAGES)
     changed = train(*SMOKE, f"run_dir={folder}", "recipe.stages.mlp_warmup.optim.lr=0.5")
     assert changed.returncode == 1
     assert "mlp_warmup was finished with optim.lr=0.002, this command says 0.5" in changed.stderr.replace("\n", " ")
