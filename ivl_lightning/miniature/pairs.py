@@ -38,8 +38,8 @@ class PairSettings:
         fewest_val: the same for validation.
     """
 
-    samples: int = 8
-    max_pairs: int = 2
+    samples: int = 16
+    max_pairs: int = 3
     fewest: int = 200
     fewest_val: int = 60
 

@@ -21,7 +21,15 @@ from ivl_lightning.reporting.scores import (
     score_kinds,
     score_rows,
 )
-from ivl_lightning.reporting.table import COLUMNS, MEAN_SCORE, NONE, duration, percent, stage_cells
+from ivl_lightning.reporting.table import (
+    COLUMNS,
+    MEAN_SCORE,
+    NONE,
+    REWARD_ACCURACY,
+    duration,
+    percent,
+    stage_cells,
+)
 
 REPORT_NAME = "report.html"
 _TEMPLATE = "report.html.jinja"
@@ -91,8 +99,13 @@ def _headline(stages: Sequence[StageFolder]) -> list[tuple[str, str]]:
     finished = [stage.summary for stage in stages if stage.finished]
     if not finished:
         return [(f"0 of {len(stages)}", "stages finished")]
+    rewarded = [summary for summary in finished if REWARD_ACCURACY in summary.scores]
     return [
         (percent(finished[-1].scores.get(MEAN_SCORE)), f"exact match after {finished[-1].stage}"),
+        *(
+            (percent(summary.scores[REWARD_ACCURACY]), f"reward accuracy after {summary.stage}")
+            for summary in rewarded[-1:]
+        ),
         (f"{len(finished)} of {len(stages)}", "stages finished"),
         (f"{sum(summary.steps for summary in finished):,}", "optimizer steps"),
         (duration(sum(summary.seconds for summary in finished)), "wall time"),

@@ -50,6 +50,7 @@ class Audit:
 
     Attributes:
         meta: file that names the datasets.
+        pairs: whether rows are preference pairs.
         config: settings of the data.
         geometry: of tokenizer and tiles.
         verdict: the whole in a sentence.
@@ -64,6 +65,7 @@ class Audit:
     """
 
     meta: str
+    pairs: bool
     config: DataConfig
     geometry: Geometry
     verdict: Verdict
@@ -85,6 +87,7 @@ class Audit:
         """Everything but the pictures, as plain values and records that `files.as_text` takes apart."""
         return {
             "meta": self.meta,
+            "rows": "pairs" if self.pairs else "conversations",
             "verdict": self.verdict,
             "counts": {
                 facts.name: {"rows": facts.rows, "used": facts.used, "rejected": sum(facts.rejected.values())}
@@ -146,6 +149,7 @@ def audit_corpus(
     tallies = [_tally(subject) for subject in subjects]
     return Audit(
         meta=config.meta,
+        pairs=corpus.pairs,
         config=config,
         geometry=geometry,
         verdict=verdict([*tallies, *([validation.tally] if validation else [])], config.reject_limit, len(warnings)),
