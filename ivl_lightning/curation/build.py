@@ -14,7 +14,6 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.preferences import PreferencesConfig, check_preferences
 from ivl_lightning.curation.dropout import answer_twice
-from ivl_lightning.curation.progress import QuestionProgress
 from ivl_lightning.curation.questions import Question, Questions, find_questions
 from ivl_lightning.curation.responses import Outcome, ResponsesFile
 from ivl_lightning.curation.sampling import Sampler, seeded
@@ -26,6 +25,7 @@ from ivl_lightning.data.encoding import encoder_factory
 from ivl_lightning.data.exclusion import check_exclusions
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
+from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.parts import patch_size, tile_size
 
 
@@ -68,7 +68,7 @@ def build_pairs(
         ledger.add(left_out)
         ledger.check(len(corpus) + len(corpus.rejects), config.data.reject_limit, left_out)
         _sample(asked, model, tokenizer, config)
-        with QuestionProgress("pairing", _total(asked), show=config.progress_bar) as progress:
+        with PassProgress("pairing", "questions", _total(asked), show=config.progress_bar) as progress:
             return write_pairs(folder, asked, config, ledger, progress.advance)
 
 
@@ -139,7 +139,7 @@ def _sample(
     """Answer what is not answered yet, a batch after the other."""
     size = config.batch_size
     answered = [file.resume(size, len(questions)) for questions, file in asked]
-    with QuestionProgress("sampling", _total(asked), sum(answered), show=config.progress_bar) as progress:
+    with PassProgress("sampling", "questions", _total(asked), sum(answered), show=config.progress_bar) as progress:
         for (questions, file), first in zip(asked, answered, strict=True):
             sampler = Sampler(model, tokenizer, questions.encoder, config)
             for start in range(first, len(questions), size):

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
+from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.stages.root import InternVLWithLogps
 
 _KEEP_SECONDS = 30.0
@@ -69,10 +69,10 @@ def _score(
     checksums: list[int] = []
     logps: list[Tensor] = []
     scored, broken, since = 0, 0, time.monotonic()
+    name, show = "training" if training else "validation", trainer.is_global_zero
+    counter = PassProgress("reference log-probabilities,", "pairs", len(rows), show=show)
     # Not inference mode: what FSDP gathers in it could not be trained with later.
-    with _progress(trainer) as progress, torch.no_grad(), trainer.precision_plugin.forward_context():
-        name = "reference" if training else "reference, validation"
-        task = progress.add_task(name, total=len(rows))
+    with counter as progress, torch.no_grad(), trainer.precision_plugin.forward_context():
         for batch in loader:
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             logps.append(root(moved).detach())
@@ -80,7 +80,7 @@ def _score(
             checksums += batch.checksums
             scored += batch.num_pairs
             broken += datamodule.note_rejects(batch.rejects)
-            progress.advance(task, len(batch.planned.pack.samples) * trainer.world_size)
+            progress.advance(name, len(batch.planned.pack.samples) * trainer.world_size)
             if time.monotonic() - since > _KEEP_SECONDS:
                 datamodule.keep_scores(corpus, known, checksums, logps)
                 known, checksums, logps, since = [], [], [], time.monotonic()
@@ -143,15 +143,3 @@ def _eval_mode(root: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _progress(trainer: L.Trainer) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("pairs"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    return Progress(*columns, disable=not trainer.is_global_zero or trainer.progress_bar_callback is None)
