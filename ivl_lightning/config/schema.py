@@ -283,7 +283,8 @@ class TrainerConfig(Strict):
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes per node, one accelerator each.
         num_nodes: machines.
-        precision: Lightning's names; FSDP wants 32-true and casts by `strategy.param_dtype`.
+        precision: Lightning's names; FSDP wants 32-true and casts by `strategy.param_dtype`. For bfloat16 throughout
+            take `model.dtype`.
         gradient_clip_val: norm to which gradients are clipped; null is off.
         val_every_n_steps: validate in between; null validates only at the end of the stage.
         log_every_n_steps: steps between two rows of metrics.
@@ -299,7 +300,7 @@ class TrainerConfig(Strict):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     num_nodes: int = 1
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     gradient_clip_val: float | None = 1.0
     val_every_n_steps: int | None = None
     log_every_n_steps: int = 1

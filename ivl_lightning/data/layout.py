@@ -157,5 +157,6 @@ def _over_length(layout: Layout, settings: EncodingSettings) -> RowError:
         "over_length",
         f"{layout.tokens} tokens and {sum(layout.tiles)} tiles, but a pack holds {settings.max_pack_tokens} and "
         f"{settings.max_pack_tiles}{sample}: raise data.max_tokens or data.max_pack_tiles, lower "
-        "max_dynamic_patch (or data.max_frames for videos), or set data.over_length=shrink or truncate",
+        "max_dynamic_patch (or data.max_frames for videos), or set data.over_length=shrink (or truncate, for "
+        "conversations)",
     )

@@ -144,8 +144,7 @@ class PairPlan(TrainingPlan):
         Args:
             max_steps: of the trainer; None where only `settings.epochs` ends the run.
         """
-        limits = [max_steps, self.settings.epochs and self.settings.epochs * self.steps_per_epoch]
-        steps = min((limit for limit in limits if limit is not None), default=None)
+        steps = self._steps(max_steps)
         if steps is None:
             return np.arange(len(self.rows))
         used = np.zeros(len(self.rows), dtype=bool)
@@ -153,6 +152,23 @@ class PairPlan(TrainingPlan):
             order = epoch_order(self.mixture, seed=self.settings.seed, epoch=epoch, rule=self.settings.repeat_rule)
             used[order[: (steps - epoch * self.steps_per_epoch) * self._batch] % len(self.rows)] = True
         return np.flatnonzero(used)
+
+    def check(self, first: int, max_steps: int | None) -> None:
+        """Plan every epoch of a run from `first` on, as far as its end is known, and `first` last.
+
+        Raises:
+            ValueError: as `prepare`.
+        """
+        steps = self._steps(max_steps) or 0
+        for epoch in range(-(-steps // self.steps_per_epoch) - 1, first, -1):
+            self.prepare(epoch)
+        self.prepare(first)
+
+    def _steps(self, max_steps: int | None) -> int | None:
+        """Steps of a run; None where it has no end."""
+        epochs = self.settings.epochs
+        limits = (max_steps, None if epochs is None else epochs * self.steps_per_epoch)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def packs_of(self, rows: NDArray[np.int64]) -> list[Pack]:
         """Some rows in packs, each row once, with the frames it is trained with."""
@@ -208,8 +224,8 @@ class PairPlan(TrainingPlan):
         return PlannedStep(
             planned.number,
             number,
-            (*packs, *[EMPTY_PACK] * missing),
-            (*(cost for cost, _ in weighed), *[0.0] * missing),
+            (*[EMPTY_PACK] * missing, *packs),
+            (*[0.0] * missing, *(cost for cost, _ in weighed)),
             float(sum(sample_weight(int(count), self.settings.reduction) for count in labels)),
             stop,
             {"step": number + 1, "consumed": stop},

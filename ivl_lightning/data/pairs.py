@@ -87,7 +87,7 @@ def _text(row: Mapping[str, object], key: str) -> str:
         raise RowError(
             "pair_invalid", f"the row has conversations, but no {key!r}: preference rows have {', '.join(_TEXTS)}"
         )
-    found = f"is a {type(value).__name__}" if key in row else "is missing"
+    found = f"is of type {type(value).__name__}" if key in row else "is missing"
     raise RowError("pair_invalid", f"{key!r} {found}: write it as text")
 
 

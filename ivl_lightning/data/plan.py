@@ -61,7 +61,7 @@ class PlannedStep:
 
     Attributes:
         epoch, number: its place; steps count within the epoch.
-        packs: `packs_per_step`, by rising cost; the epoch's last step may end with empty ones.
+        packs: `packs_per_step`, by rising cost; some of the epoch's last step may be empty.
         costs: modeled work of each pack.
         weight_sum: sum of the samples' loss weights.
         consumed: samples of the epoch up to and with this step.

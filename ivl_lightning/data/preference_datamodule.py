@@ -53,7 +53,7 @@ class PreferenceDataModule(DynamicPackingDataModule):
         super()._set_up(stage)
         if stage == "fit":
             # A step that does not fit is refused here, before hours are spent on the reference.
-            self.stream.pairs.prepare(self.trainer.current_epoch if self.trainer is not None else 0)
+            self.stream.pairs.check(self.trainer.current_epoch if self.trainer is not None else 0, self._max_steps)
 
     def _measure(self) -> None:
         super()._measure()
@@ -116,13 +116,16 @@ class PreferenceDataModule(DynamicPackingDataModule):
         All ranks get what the first one sees.
         """
         assert self.reference is not None
-        max_steps = None if self.trainer is None or self.trainer.max_steps < 0 else self.trainer.max_steps
-        needed = [(self.stream.view, True, self.stream.pairs.used_rows(max_steps))]
+        needed = [(self.stream.view, True, self.stream.pairs.used_rows(self._max_steps))]
         if self.val_corpus is not None and len(self.val_corpus):
             needed.append((self.val_corpus, False, np.arange(len(self.val_corpus))))
         missing = [np.intersect1d(rows, self.reference.look_up(corpus).missing) for corpus, _, rows in needed]
         agreed = gathered(missing, self._world_size)[0]
         return [(*need[:2], rows) for need, rows in zip(needed, agreed, strict=True) if len(rows)]
+
+    @property
+    def _max_steps(self) -> int | None:
+        return None if self.trainer is None or self.trainer.max_steps < 0 else self.trainer.max_steps
 
     def scoring_loader(self, corpus: Corpus, training: bool, rows: NDArray[np.int64]) -> DataLoader[PreferenceBatch]:
         """This rank's share of some rows, each once, as they are in training or validation."""

@@ -27,7 +27,7 @@ from ivl_lightning.data.encoding import RowEncoder
 from ivl_lightning.data.index_file import writing
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
 
-_VERSION = 1
+_VERSION = 2
 _TYPES: dict[str, type[np.generic]] = {
     "key": np.uint64,
     "chosen": np.float32,
@@ -105,7 +105,7 @@ class ReferenceCache:
         columns = (keys, logps[:, 0], logps[:, 1], checksums)
         arrays = {name: np.array(column, dtype) for (name, dtype), column in zip(_TYPES.items(), columns, strict=True)}
         with writing(self.folder / f"{time.time_ns()}-{os.getpid()}.parquet") as aside:
-            pq.write_table(pa.table(arrays), aside)
+            pq.write_table(pa.table(arrays), aside, write_page_checksum=True)
 
     def _read(self) -> dict[str, NDArray[Any]]:
         parts = [part for path in sorted(self.folder.glob("*.parquet")) if (part := _read_part(path)) is not None]
@@ -117,11 +117,12 @@ class ReferenceCache:
 
 def _read_part(path: Path) -> dict[str, NDArray[Any]] | None:
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         return {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in _TYPES.items()}
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        _log.warning("%s is damaged (%s); its pairs are computed again", path, error)
-        path.unlink(missing_ok=True)
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        # Set aside and not removed: on a shared disk a passing fault looks alike.
+        aside = path.rename(path.with_suffix(".damaged"))
+        _log.warning("%s is damaged (%s); it is %s now, and its pairs are computed again", path, error, aside)
         return None
 
 

@@ -14,12 +14,15 @@ from ivl_lightning.structures import PromptBatch
 GENERATION_ATTENTION = "sdpa"
 
 
-def generate(internvl: InternVLForConditionalGeneration, prompts: PromptBatch, **options: Any) -> Tensor:
+def generate(
+    internvl: InternVLForConditionalGeneration, prompts: PromptBatch, *, always_run_vision: bool = False, **options: Any
+) -> Tensor:
     """Continuation of left-padded prompts, greedy unless `options` say otherwise.
 
     Args:
         internvl: the network; it is given its training attention back afterwards.
         prompts: B questions.
+        always_run_vision: see `embed`; sharded ranks need it, of which one may have pictures and another none.
         **options: of the library's `generate` (`max_new_tokens`, `do_sample`, `num_return_sequences`, ...).
 
     Returns:
@@ -29,7 +32,7 @@ def generate(internvl: InternVLForConditionalGeneration, prompts: PromptBatch, *
         ValueError: tiles and context tokens do not match; names the records.
     """
     names = [f"{record.file}:{record.line}" for record in prompts.records]
-    embeds = embed(internvl, prompts.input_ids, prompts.pixel_values, names)
+    embeds = embed(internvl, prompts.input_ids, prompts.pixel_values, names, always_run_vision=always_run_vision)
     language = internvl.model.language_model
     training_attention = language.config._attn_implementation
     language.set_attn_implementation(GENERATION_ATTENTION)

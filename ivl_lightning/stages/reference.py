@@ -18,6 +18,7 @@ from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.stages.root import InternVLWithLogps
+from ivl_lightning.structures import PreferenceBatch
 
 _KEEP_SECONDS = 30.0
 """Scores are written after so many seconds: what a kill can cost."""
@@ -39,7 +40,7 @@ def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, tra
         How many pairs were scored, over all ranks.
 
     Raises:
-        ValueError: other ranks do not find what this one wrote.
+        ValueError: the reference model gives no numbers; or other ranks do not find what this one wrote.
         TooManyRejectsError: more pairs cannot be read than `data.reject_limit` allows.
     """
     assert datamodule.reference is not None
@@ -75,7 +76,7 @@ def _score(
     with counter as progress, torch.no_grad(), trainer.precision_plugin.forward_context():
         for batch in loader:
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
-            logps.append(root(moved).detach())
+            logps.append(_finite(root(moved).detach(), batch))
             known += batch.sample_rows
             checksums += batch.checksums
             scored += batch.num_pairs
@@ -89,6 +90,17 @@ def _score(
     all_scored, all_broken = trainer.strategy.reduce(own, reduce_op="sum").tolist()
     datamodule.note_rejects_elsewhere(int(all_broken) - broken)
     return int(all_scored)
+
+
+def _finite(logps: Tensor, batch: PreferenceBatch) -> Tensor:
+    bad = ~logps.isfinite().all(dim=1)
+    if bad.any():
+        names = [name for name, is_bad in zip(batch.sample_ids, bad.tolist(), strict=True) if is_bad]
+        raise ValueError(
+            f"the reference model gives log-probabilities that are no numbers for {', '.join(names)}: its weights are "
+            "broken, or its precision does not suffice"
+        )
+    return logps
 
 
 def _check_shared(datamodule: PreferenceDataModule, *, broken: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
@@ -56,7 +57,7 @@ class InternVLRoot(nn.Module):
 
     def generate(self, prompts: PromptBatch, **options: Any) -> Tensor:
         """New token ids for each prompt; see `inference.generate`."""
-        return generate(self.internvl, prompts, **options)
+        return generate(self.internvl, prompts, always_run_vision=self.always_run_vision, **options)
 
 
 class InternVLWithLoss(InternVLRoot):
@@ -108,4 +109,5 @@ class InternVLWithLogps(InternVLRoot):
         rows = self.hidden_states(batch)[0][batch.loss_rows]
         logps = chunked_logps(rows, self.internvl.lm_head.weight, batch.loss_targets, self.chunk_rows)
         sums = logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.loss_responses, logps)
-        return sums.view(-1, 2)
+        # No view: FSDP puts its backward hook on what the root returns.
+        return torch.stack((sums[0::2], sums[1::2]), dim=1)

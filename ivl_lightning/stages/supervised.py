@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
 from ivl_lightning.data.datamodule import datamodule_of
+from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.stages.base import ModelSource, Stage
 from ivl_lightning.stages.root import InternVLWithLoss
@@ -38,6 +39,17 @@ class SupervisedStage(Stage):
 
     def _wrap(self, model: InternVLForConditionalGeneration) -> InternVLWithLoss:
         return InternVLWithLoss(model, self.loss_head, always_run_vision=self._always_run_vision())
+
+    def setup(self, stage: str) -> None:
+        """See `Stage.setup`.
+
+        Raises:
+            ValueError: data that are preference pairs.
+        """
+        super().setup(stage)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, PreferenceDataModule):
+            raise ValueError(f"{type(self).__name__} learns from conversations: give it a DynamicPackingDataModule")
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of (sum of S) / W."""

@@ -1,0 +1,89 @@
+"""Preference training killed with SIGKILL goes on when the same command is given again: losses, shift, reference."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests import tiny
+from tests.commands import ROOT, command, environment, own_arguments, train
+
+STEPS = 10
+COLUMNS = ("train/loss", "train/shift", "train/rewards_chosen", "train/rewards_rejected", "train/loss_quality")
+
+
+def measured(run: Path) -> dict[int, dict[str, float]]:
+    """Loss, shift and rewards by step, of all attempts; a step that was trained twice keeps the later values."""
+    found = {}
+    for path in sorted((run / "mixed_preference/csv").glob("version_*/metrics.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if row["train/loss"]:
+                    found[int(row["step"])] = {name: float(row[name]) for name in COLUMNS}
+    return found
+
+
+def scored(cache: Path) -> dict[str, int]:
+    """Parts of the reference cache, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in cache.glob("reference-*/*.parquet")}
+
+
+def test_killed_and_started_again(tmp_path, monkeypatch):
+    """Every step's loss, shift and rewards equal those of a run that was never killed, to the last printed digit.
+
+    24 pairs, 5 a step: two epochs of five steps, killed in the second one. The reference is computed by the first start
+    alone: neither the second one, whose policy has moved on, nor another run of the same weights writes a part.
+    """
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("IVL_LIGHTNING_CACHE", str(cache))
+    base = [argument for argument in own_arguments(tmp_path, steps=STEPS) if not argument.startswith("stages=")]
+    options = [
+        *base,
+        "stages=[mpo]",
+        f"data.meta={tiny.write_tiny_pairs(tmp_path / 'data')}",
+        "data.batch_pairs=5",
+        "data.packs_per_step=2",
+        "data.max_tokens=1200",
+        "stage.drop_path_rate=0.0",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=0",
+        "trainer.checkpoint_every_n_steps=1",
+        "logger.csv.flush_logs_every_n_steps=1",
+    ]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(*options, f"run_dir={killed}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints = killed / "mixed_preference/checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step=0000000[6-8].ckpt")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "mixed_preference/done.json").exists()
+    parts = scored(cache)
+    assert parts
+
+    with ThreadPoolExecutor() as pool:
+        for run in pool.map(lambda name: train(*options, f"run_dir={tmp_path / name}"), ("killed", "whole")):
+            assert run.returncode == 0, run.stderr[-3000:]
+    assert scored(cache) == parts
+
+    assert json.loads((killed / "mixed_preference/done.json").read_text())["steps"] == STEPS
+    second = (killed / "mixed_preference/csv/version_1/metrics.csv").read_text().splitlines()
+    assert min(int(row["step"]) for row in csv.DictReader(second) if row["train/loss"]) >= 6
+    ours, wanted = measured(killed), measured(tmp_path / "whole")
+    assert sorted(ours) == list(range(STEPS))
+    assert ours == wanted
+    assert len({step["train/shift"] for step in wanted.values()}) >= STEPS - 1, "the shift moves with every step"
