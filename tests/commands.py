@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests import tiny
@@ -30,6 +32,26 @@ def train(*arguments: str, threads: int = 1, timeout: int = 400) -> subprocess.C
         timeout=timeout,
         check=False,
     )
+
+
+def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
+    """Start a run and kill its processes (SIGKILL) as soon as a checkpoint of this pattern stands; none is finished."""
+    process = subprocess.Popen(
+        command(*arguments, f"run_dir={stage.parent}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not list((stage / "checkpoints").glob(checkpoint)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (stage / "done.json").exists()
 
 
 def own_arguments(folder: Path, *, steps: int) -> list[str]:

@@ -17,10 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.check import ConfigError, load
+from ivl_lightning.launch.compose import plain_values
 from ivl_lightning.launch.overrides import GROUPS
 from ivl_lightning.reporting.audit.places import ERROR_NAME, checked_places
 
@@ -100,12 +101,9 @@ def read_config(composed: DictConfig) -> AuditConfig:
     Raises:
         ConfigError: names every missing, misspelt or wrong one.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"these settings have no default and were not given: {', '.join(missing)}")
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    config = load(AuditConfig, {str(key): value for key, value in plain.items() if key not in _TRAINING_ONLY})
+    config = load(
+        AuditConfig, {key: value for key, value in plain_values(composed).items() if key not in _TRAINING_ONLY}
+    )
     for name in ("rows", "examples", "seed"):
         if (number := getattr(config, name)) is not None and number < 0:
             raise ConfigError(f"{name}={number} must be at least 0")

@@ -6,11 +6,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ivl_lightning.cli.audit import forced
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.preferences import PreferencesConfig, check_preferences
+from ivl_lightning.launch.compose import plain_values
 
 if TYPE_CHECKING:
     from ivl_lightning.curation.summary import Summary
@@ -57,12 +58,7 @@ def read_config(composed: DictConfig) -> PreferencesConfig:
     Raises:
         ConfigError: names every missing, misspelt or wrong one.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"these settings have no default and were not given: {', '.join(missing)}")
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    config = load(PreferencesConfig, {str(key): value for key, value in plain.items()})
+    config = load(PreferencesConfig, plain_values(composed))
     check_preferences(config)
     if config.model.path is None:
         raise ConfigError("model.path is missing: give the folder of the model that answers")

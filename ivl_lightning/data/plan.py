@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivl_lightning.config.schema import RepeatRule
+from ivl_lightning.data.hashing import splitmix64
 from ivl_lightning.data.mixture import Share, epoch_order, epoch_size
 from ivl_lightning.data.packing import PackPlanner
 from ivl_lightning.reweighting import sample_weight
@@ -291,13 +292,7 @@ def draw_frames(
         highest: `max_frames`.
         seed, epoch: the only source of randomness.
     """
-    with np.errstate(over="ignore"):
-        bits = np.asarray(samples).astype(np.uint64)
-        for salt in (seed, epoch):
-            bits = (bits ^ np.uint64(salt)) + np.uint64(0x9E3779B97F4A7C15)
-            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            bits ^= bits >> np.uint64(31)
+    bits = splitmix64(splitmix64(np.asarray(samples).astype(np.uint64), seed), epoch)
     choices = np.where(fewest < most, highest - fewest + 1, 1).astype(np.uint64)
     return np.minimum(fewest + (bits % choices).astype(np.int16), most).astype(np.int16)
 

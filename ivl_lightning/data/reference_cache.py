@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.encoding import RowEncoder
+from ivl_lightning.data.hashing import splitmix64
 from ivl_lightning.data.index_file import writing
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
 
@@ -129,7 +130,7 @@ def _read_part(path: Path) -> dict[str, NDArray[Any]] | None:
 def row_keys(corpus: Corpus) -> NDArray[np.uint64]:
     """64 bits for each row of a corpus: its content and its dataset's settings, `[N]`."""
     keys = [
-        _mixed(index.columns["digest"].astype(np.uint64), _dataset_key(encoder))
+        splitmix64(index.columns["digest"].astype(np.uint64), _dataset_key(encoder))
         for encoder, index in zip(corpus.encoders, corpus.indexes, strict=True)
     ]
     return np.concatenate([np.empty(0, np.uint64), *keys])
@@ -150,12 +151,3 @@ def _dataset_key(encoder: RowEncoder) -> int:
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
     }
     return int(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16], 16)
-
-
-def _mixed(digests: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:
-    """SplitMix64 of digest and salt."""
-    with np.errstate(over="ignore"):
-        bits = (digests ^ np.uint64(salt)) + np.uint64(0x9E3779B97F4A7C15)
-        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return bits ^ (bits >> np.uint64(31))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra import compose
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ivl_lightning.config.check import ConfigError, load
@@ -60,11 +60,20 @@ def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str) -> RunCo
 
 
 def _resolve(composed: Any) -> dict[str, Any]:
+    # Entries of other stages may refer to what only those stages have.
+    OmegaConf.update(composed, "recipe.stages", {}, merge=False, force_add=True)
+    return plain_values(composed)
+
+
+def plain_values(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration as a plain mapping, its references resolved.
+
+    Raises:
+        ConfigError: a setting without a value, or a reference to what there is not.
+    """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"these settings have no default and were not given: {', '.join(missing)}")
-    # Entries of other stages may refer to what only those stages have.
-    OmegaConf.update(composed, "recipe.stages", {}, merge=False, force_add=True)
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:

@@ -2,13 +2,9 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-from tests.commands import ROOT, command, environment, own_arguments, train
+from tests.commands import kill_behind, own_arguments, train
 
 STEPS = 12
 
@@ -31,23 +27,7 @@ def test_killed_and_started_again(tmp_path):
         "logger.csv.flush_logs_every_n_steps=1",
     ]
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*options, f"run_dir={killed}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    checkpoints = killed / "instruction_tuning/checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step=0000000[3-9].ckpt")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "instruction_tuning/done.json").exists()
+    kill_behind(killed / "instruction_tuning", "step=0000000[3-9].ckpt", *options)
 
     other = train(*options, f"run_dir={killed}", "optim.lr=0.5")
     assert other.returncode == 1

@@ -2,15 +2,11 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import tiny
-from tests.commands import ROOT, command, environment, own_arguments, train
+from tests.commands import kill_behind, own_arguments, train
 
 STEPS = 10
 COLUMNS = ("train/loss", "train/shift", "train/rewards_chosen", "train/rewards_rejected", "train/loss_quality")
@@ -55,23 +51,7 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
         "logger.csv.flush_logs_every_n_steps=1",
     ]
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*options, f"run_dir={killed}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    checkpoints = killed / "mixed_preference/checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step=0000000[6-8].ckpt")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "mixed_preference/done.json").exists()
+    kill_behind(killed / "mixed_preference", "step=0000000[6-8].ckpt", *options)
     parts = scored(cache)
     assert parts
 
