@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -35,7 +36,11 @@ def train(*arguments: str, threads: int = 1, timeout: int = 400) -> subprocess.C
 
 
 def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
-    """Start a run and kill its processes (SIGKILL) as soon as a checkpoint of this pattern stands; none is finished."""
+    """Start a run and kill its processes (SIGKILL) once a checkpoint of this pattern stands; no stage is finished.
+
+    Lightning logs a step behind its checkpoint, so a kill in between costs the row of a step that is not trained again:
+    the processes are stopped, and killed only if the newest checkpoint's row is on disk.
+    """
     process = subprocess.Popen(
         command(*arguments, f"run_dir={stage.parent}"),
         cwd=ROOT,
@@ -45,13 +50,25 @@ def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while not list((stage / "checkpoints").glob(checkpoint)):
+    while True:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+        if not list((stage / "checkpoints").glob(checkpoint)):
+            continue
+        os.killpg(process.pid, signal.SIGSTOP)
+        if _newest_is_logged(stage):
+            break
+        os.killpg(process.pid, signal.SIGCONT)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (stage / "done.json").exists()
+
+
+def _newest_is_logged(stage: Path) -> bool:
+    newest = max(int(path.stem.partition("=")[2]) for path in (stage / "checkpoints").glob("step=*.ckpt"))
+    with (stage / "csv/version_0/metrics.csv").open() as file:
+        return any(row["step"] == str(newest - 1) for row in csv.DictReader(file))
 
 
 def own_arguments(folder: Path, *, steps: int) -> list[str]:
