@@ -6,13 +6,14 @@ Source: arXiv:2411.10442 and the original's `trainer_dpo.py`.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ivl_lightning.checkpoints.weights import memory_hash
 from ivl_lightning.config.schema import PairNormaliser, Reference
@@ -167,6 +168,8 @@ class MixedPreference(Stage):
         own = self._weights_id() if self.trainer.is_global_zero else ""
         return {
             "weights": self.trainer.strategy.broadcast(own),
+            "config": _deciding_config(config),
+            "device": self.device.type,
             "dtype": stored if self.device_mesh is None else self.sharding.param_dtype,
             "attention": [text_config(config)._attn_implementation, vision_config(config)._attn_implementation],
         }
@@ -341,6 +344,13 @@ class MixedPreference(Stage):
 
     def _val_rewards(self) -> dict[str, MeanMetric]:
         return cast(dict[str, MeanMetric], dict(self.val_rewards.items()))
+
+
+def _deciding_config(config: InternVLConfig) -> str:
+    """The network's configuration as text, but for what says where and by what it was written."""
+    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+    values.pop("transformers_version", None)
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 def published_mixture(beta: float = 0.1) -> PreferenceMixture:

@@ -298,6 +298,22 @@ def test_a_reference_that_gives_no_numbers_is_named(pairs, tokenizer, tmp_path):
     assert again.error is None
 
 
+def test_the_same_weights_in_another_network_are_another_reference(pairs, tokenizer, tmp_path):
+    """Rotary embeddings of another base: nothing of the first network's cache is taken."""
+    shapes = tiny.tiny_config().language_model
+
+    def model(theta):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        return tiny.build_tiny_model(tokenizer, language_model={**shapes, "rope_parameters": rope})
+
+    folders = []
+    for theta in (1e4, 1e6, 1e4):
+        stage = {"model": lambda theta=theta: model(theta), "weights_id": lambda: "same"}
+        assert Fit(pairs, tokenizer, tmp_path / "run", stage=stage).error is None
+        folders.append(len(list((tmp_path / "cache").glob("reference-*[!k]"))))
+    assert folders == [1, 2, 2]
+
+
 def test_pairs_are_no_conversations(pairs, tokenizer, tmp_path):
     data = PreferenceDataModule(
         tiny.tiny_data_config(pairs, max_tokens=1200, batch_pairs=6), tokenizer, patch_size=tiny.PATCH_SIZE
