@@ -7,22 +7,18 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.launch.compose import plain_values
-from ivl_lightning.launch.overrides import GROUPS
+from ivl_lightning.launch.overrides import forced
 from ivl_lightning.reporting.audit.places import ERROR_NAME, checked_places
 
 if TYPE_CHECKING:
@@ -108,34 +104,6 @@ def read_config(composed: DictConfig) -> AuditConfig:
         if (number := getattr(config, name)) is not None and number < 0:
             raise ConfigError(f"{name}={number} must be at least 0")
     return config
-
-
-def forced(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with `++` before plain settings.
-
-    Hydra then accepts a misspelt setting, and the check of the settings refuses it with the accepted names.
-
-    Raises:
-        ConfigError: an argument that is no override.
-    """
-    parser = OverridesParser.create()
-
-    def force(argument: str) -> str:
-        if "=" not in argument or argument.startswith(("-", "+", "~")):
-            return argument
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            raise ConfigError(f"{argument} cannot be read: {error}") from error
-        return argument if _is_choice(override) else f"++{argument}"
-
-    return [force(argument) for argument in arguments]
-
-
-def _is_choice(override: Override) -> bool:
-    """Whether an override chooses a file of a group, or is Hydra's own."""
-    key = override.key_or_group
-    return key in GROUPS or "/" in key or key.split(".")[0] == "hydra" or override.package is not None
 
 
 def _audit(config: AuditConfig) -> Audit:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from ivl_lightning.cli.audit import forced
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.preferences import PreferencesConfig, check_preferences
 from ivl_lightning.launch.compose import plain_values
+from ivl_lightning.launch.overrides import forced
 
 if TYPE_CHECKING:
     from ivl_lightning.curation.summary import Summary

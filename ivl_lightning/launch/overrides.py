@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from ivl_lightning.config.check import ConfigError, unknown_key
 
@@ -50,6 +51,34 @@ def complete(arguments: Sequence[str], recipes: Sequence[str]) -> list[str]:
     return [*arguments[:place], *added, *arguments[place:]]
 
 
+def forced(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `++` before plain settings.
+
+    Hydra then accepts a misspelt setting, and the check of the settings refuses it with the accepted names.
+
+    Raises:
+        ConfigError: an argument that is no override.
+    """
+    parser = OverridesParser.create()
+
+    def force(argument: str) -> str:
+        if "=" not in argument or argument.startswith(("-", "+", "~")):
+            return argument
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise ConfigError(f"{argument} cannot be read: {error}") from error
+        return argument if _is_choice(override) else f"++{argument}"
+
+    return [force(argument) for argument in arguments]
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether an override chooses a file of a group, or is Hydra's own."""
+    key = override.key_or_group
+    return key in GROUPS or "/" in key or key.split(".")[0] == "hydra" or override.package is not None
+
+
 def check_keys(arguments: Sequence[str]) -> None:
     """Refuse a misspelt setting with the accepted ones; Hydra's own message names none.
 
@@ -74,7 +103,7 @@ def _fault(override: Override) -> str | None:
     key = override.key_or_group
     if key == "stage":
         return f"stage={override.value()} is chosen by the chain: use stages=[{override.value()}]"
-    if key in GROUPS or "/" in key or key.split(".")[0] == "hydra" or override.package is not None:
+    if _is_choice(override):
         return None
     path = key.split(".")
     if path[:2] == ["recipe", "stages"]:
