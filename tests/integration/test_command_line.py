@@ -63,6 +63,15 @@ def test_mistakes_end_with_a_message_for_people(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("pairs", [(), ("stage_data.mixed_preference=pairs.json",)])
+def test_a_published_recipe_prefers_where_it_is_told_which_pairs(pairs, tmp_path):
+    """Without pairs the chain ends at stage 2, and says so; with them its settings are checked with the others."""
+    result = train("recipe=internvl2_5_1b", "data.meta=x", "data.batch_pairs=8", *pairs, f"run_dir={tmp_path}/run")
+    assert result.returncode == 1
+    assert ("mixed_preference is left out" in result.stdout) == (not pairs)
+    assert ("data.batch_pairs=8 is less than data.packs_per_step=128" in result.stderr) == bool(pairs)
+
+
 def test_help_and_cfg_load_no_torch(tmp_path):
     """Start-up: the configuration is shown without importing torch."""
     for flag in (["--help"], ["--cfg", "job"]):

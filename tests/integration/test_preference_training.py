@@ -14,6 +14,10 @@ from ivl_lightning.config.schema import OptimConfig
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.ledger import TooManyRejectsError
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
+from ivl_lightning.losses.generation import SFT
+from ivl_lightning.losses.mpo import MPOLoss, PreferenceMixture
+from ivl_lightning.losses.preference import SigmoidPreference
+from ivl_lightning.losses.quality import BCOPair
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.stages.mixed_preference import MixedPreference, RewardError
 from tests import tiny
@@ -148,6 +152,46 @@ def test_a_learning_rate_far_too_high_is_stopped(pairs, tokenizer, tmp_path):
     """With the limit of 100 as it comes: one step at 1e3 and log-probabilities are thousands away."""
     run = Fit(pairs, tokenizer, tmp_path / "run", stage={"optim": {"lr": 1e3}})
     assert_stopped(run, "preference.max_reward=100", steps=1)
+
+
+class MicroBatches(Callback):
+    """Log-probabilities and loss of every micro-batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.root.register_forward_hook(lambda root, inputs, logps: self.note(root, inputs[0], logps))
+
+    def note(self, root, batch, logps):
+        if root.training:
+            self.seen.append([logps.detach(), batch.reference_logps, batch.response_tokens])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        # Lightning hands over the loss divided by the accumulation.
+        self.seen[-1].append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+
+
+def test_the_official_way_is_two_switches_away(pairs, tokenizer, tmp_path):
+    """One pair a micro-batch, 6 micro-batches a step, `update` and `normaliser` at `micro_batch`: each micro-batch's
+    loss is that of `MPOLoss()` fed with its log-probabilities, and so is the shift that moved 24 times in 4 steps.
+    """
+    parts = {
+        "preference": {"weight": 0.8, "head": SigmoidPreference()},
+        "quality": {"weight": 0.2, "head": BCOPair(update="micro_batch")},
+        "generation": {"weight": 1.0, "head": SFT()},
+    }
+    stage = {"mixture": PreferenceMixture(parts), "normaliser": "micro_batch"}
+    watch = MicroBatches()
+    run = Fit(pairs, tokenizer, tmp_path / "run", stage=stage, data={"packs_per_step": 6}, callbacks=[watch])
+    assert run.error is None
+    official = MPOLoss()
+    assert len(watch.seen) == 24
+    for policy, reference, tokens, loss in watch.seen:
+        nll = -policy[:, 0] / tokens[:, 0]
+        assert loss == pytest.approx(float(official(*policy.T, *reference.T, nll).loss), rel=1e-6)
+    assert float(run.stage.mixture.shift) == pytest.approx(float(official.quality.shift.mean), rel=1e-9)
+    assert float(official.quality.shift.count) == 24
 
 
 class Poison(Callback):
