@@ -68,7 +68,8 @@ def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
 def _newest_is_logged(stage: Path) -> bool:
     newest = max(int(path.stem.partition("=")[2]) for path in (stage / "checkpoints").glob("step=*.ckpt"))
     with (stage / "csv/version_0/metrics.csv").open() as file:
-        return any(row["step"] == str(newest - 1) for row in csv.DictReader(file))
+        # Learning rates are rows of their own, written earlier.
+        return any(row.get("step") == str(newest - 1) and row.get("train/loss") for row in csv.DictReader(file))
 
 
 def own_arguments(folder: Path, *, steps: int) -> list[str]:

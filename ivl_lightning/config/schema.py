@@ -374,10 +374,10 @@ class RunConfig(Strict):
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
-    preference: PreferenceConfig
     optim: OptimConfig
     trainer: TrainerConfig
     strategy: StrategyConfig
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     stages: list[str | int | float] | None = None
     init_from: str | None = None
     stage_data: dict[str, str | dict[str, Any] | None] = field(default_factory=dict)
