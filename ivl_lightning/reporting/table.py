@@ -72,11 +72,16 @@ def stage_cells(result: StageResult) -> tuple[str, ...]:
         result.stage,
         ", ".join(result.trained) or NONE,
         f"{result.steps:,}",
-        f"{number(result.loss_first, 3)} -> {number(result.loss_last, 3)}",
+        f"{_loss(result.loss_first)} -> {_loss(result.loss_last)}",
         percent(result.scores.get(MEAN_SCORE)),
         percent(result.scores.get(REWARD_ACCURACY)),
         duration(result.seconds),
     )
+
+
+def _loss(value: float) -> str:
+    # Two digits of a small loss are enough, and its zeros take the room of the third.
+    return number(value, 2 if abs(value) < 0.1 else 3)
 
 
 def number(value: float | None, digits: int = 4) -> str:
