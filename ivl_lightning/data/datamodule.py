@@ -229,9 +229,10 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Packs for the loss on a fixed plan without augmentation, and prompts for generated answers."""
-        if self.val_corpus is None or len(self.val_corpus) == 0:
-            return []
+        if not self.has_val_packs:
+            return self._prompt_loaders()
         corpus, config = self.val_corpus, self.config
+        assert corpus is not None
         packs = fixed_plan(
             corpus.plan_rows,
             max_tokens=config.max_tokens,
@@ -328,6 +329,11 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self._resume_from = state_dict
 
     # -- derived --------------------------------------------------------------------------------------------------
+
+    @property
+    def has_val_packs(self) -> bool:
+        """Whether validation measures a loss."""
+        return self.val_corpus is not None and len(self.val_corpus) > 0
 
     @property
     def answer_corpus(self) -> Corpus | None:

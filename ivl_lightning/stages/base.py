@@ -285,7 +285,8 @@ class Stage(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss, each dataset's score and their mean."""
         # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
-        self.log("val/loss", self._validation_loss(), sync_dist=True)
+        if datamodule_of(self.trainer).has_val_packs:
+            self.log("val/loss", self._validation_loss(), sync_dist=True)
         scores = {name: metric.compute() for name, metric in self._scores.items()}
         for name, score in scores.items():
             self.log(f"val/exact_match/{name}", score, sync_dist=True)

@@ -330,6 +330,8 @@ class MixedPreference(Stage):
     def on_validation_epoch_end(self) -> None:
         """Log losses, rewards, and the scores of answers."""
         super().on_validation_epoch_end()
+        if not self._pairs_of_trainer().has_val_packs:
+            return
         for name, metric in self._val_rewards().items():
             self.log(f"val/{name}", metric.compute(), prog_bar=name == "reward_accuracy", sync_dist=True)
         for name, metric in self._val_parts().items():

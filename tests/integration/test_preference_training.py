@@ -358,6 +358,14 @@ def test_the_same_weights_in_another_network_are_another_reference(pairs, tokeni
     assert folders == [1, 2, 2]
 
 
+def test_answers_are_scored_without_held_back_pairs(pairs, tokenizer, tmp_path):
+    """`generation_meta` alone: exact match is there, and no loss or reward of pairs that there are not."""
+    data = {"generation_meta": str(pairs.parent / "meta.json"), "generation_rows": 4}
+    run = Fit(pairs, tokenizer, tmp_path / "run", data=data)
+    assert run.metric("val/exact_match") == 0.0
+    assert not [name for name in run.trainer.callback_metrics if name.startswith(("val/loss", "val/reward"))]
+
+
 def test_pairs_are_no_conversations(pairs, tokenizer, tmp_path):
     data = PreferenceDataModule(
         tiny.tiny_data_config(pairs, max_tokens=1200, batch_pairs=6), tokenizer, patch_size=tiny.PATCH_SIZE
