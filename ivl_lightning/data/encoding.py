@@ -304,9 +304,11 @@ def encoder_factory(
         encoder: of conversations, or of preference pairs (`PairEncoder`).
 
     Raises:
-        ValueError: `frame_sampling` is not known.
+        ValueError: `frame_sampling` is not known, or `over_length` would cut answers of pairs.
     """
     parse_sampling(config.frame_sampling)
+    if encoder.pairs and config.over_length == "truncate":
+        raise ValueError("data.over_length=truncate would cut answers of preference pairs: use reject or shrink")
     settings = EncodingSettings(
         template=template,
         max_tokens=min(config.max_tokens, config.max_sample_tokens or config.max_tokens),

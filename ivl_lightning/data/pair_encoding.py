@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from ivl_lightning.data.annotations import DatasetSpec
 from ivl_lightning.data.conversation import TokenizedRow, tokenize_row
 from ivl_lightning.data.encoding import RowEncoder, Tokenize
-from ivl_lightning.data.layout import EncodingSettings, Layout
-from ivl_lightning.data.media import MediaReader
+from ivl_lightning.data.layout import Layout
 from ivl_lightning.data.pairs import MEDIA_KEYS, PairLayout, TokenizedPair, conversations_of, tokenize_pair
 from ivl_lightning.data.turns import parse_turns
 from ivl_lightning.structures import EncodedPair, Record, SampleCost, Turn, VideoCost
@@ -25,24 +22,9 @@ class PairEncoder(RowEncoder):
     A pair costs what its document `[prompt | chosen | rejected]` takes of a pack. Each of its two conversations must
     fit under the cap of one sample, the document under the cap of a pack. It is never cut: an answer without its end
     is another answer than the one that was judged.
-
-    Raises:
-        ValueError: `data.over_length` is truncate.
     """
 
     pairs: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        spec: DatasetSpec,
-        reader: MediaReader,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: EncodingSettings,
-        retries: int = 0,
-    ) -> None:
-        if settings.over_length == "truncate":
-            raise ValueError("data.over_length=truncate would cut answers of preference pairs: use reject or shrink")
-        super().__init__(spec, reader, tokenizer, settings, retries)
 
     def encode_pair(self, record: Record, rng: np.random.Generator | None, *, frames: int | None = None) -> EncodedPair:
         """Ids and labels of prompt and answers, and tiles; arguments as for `encode`.

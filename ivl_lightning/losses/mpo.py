@@ -75,6 +75,12 @@ class PreferenceMixture(nn.Module):
         # 0 / 0 is 0: a micro-batch without a pair teaches nothing.
         return {name: value / (divisors[heads[name].normalised_by] or 1.0) for name, value in sums.items()}
 
+    def counts(self, pairs: PairScores) -> dict[str, Tensor]:
+        """What each pair's term is divided by where it stands alone, `[B]` by name: 1, or its sum of label weights."""
+        tokens = pairs.chosen_tokens
+        own = {"pairs": torch.ones_like(tokens), "labels": tokens * label_weights(tokens, self.reduction)}
+        return {name: own[head.normalised_by] for name, head in self._heads().items()}
+
     def own_divisors(self, pairs: PairScores) -> tuple[float, float]:
         """Pairs and label weights of a micro-batch, what the original divides by."""
         tokens = pairs.chosen_tokens

@@ -318,11 +318,9 @@ class MixedPreference(Stage):
         datamodule_of(self.trainer).note_rejects(batch.rejects)
         if not batch.num_pairs:
             return None
-        tokens = pairs.chosen_tokens
-        weights = {"pairs": torch.ones_like(tokens), "labels": tokens * label_weights(tokens, self.reduction)}
+        counts = self.mixture.counts(pairs)
         for name, term in self.mixture.terms(pairs).items():
-            weight = weights[self.mixture.heads[name].normalised_by]  # type: ignore[index]  # ModuleDict knows no types
-            self._val_parts()[name].update(term / weight, weight=weight)
+            self._val_parts()[name].update(term / counts[name], weight=counts[name])
         for name, values in _reward_columns(implicit_rewards(pairs, self.beta)).items():
             self._val_rewards()[name].update(values)
         return None
