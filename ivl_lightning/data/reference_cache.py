@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def _read_part(path: Path) -> dict[str, NDArray[Any]] | None:
         table = pq.read_table(path, page_checksum_verification=True)
         return {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in _TYPES.items()}
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-        # Set aside and not removed: on a shared disk a passing fault looks alike.
-        aside = path.rename(path.with_suffix(".damaged"))
+        # Set aside and not removed: on a shared disk a passing fault looks alike. Another rank may have been first.
+        aside = path.with_suffix(".damaged")
+        with suppress(FileNotFoundError):
+            path.rename(aside)
         _log.warning("%s is damaged (%s); it is %s now, and its pairs are computed again", path, error, aside)
         return None
 
