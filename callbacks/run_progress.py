@@ -12,7 +12,13 @@ from rich.text import Text
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.structures import PackedBatch
 
-_SHOWN = {"train/loss": "loss", "val/exact_match": "score", "data/fill_tokens": "fill", "data/rejected": "rejected"}
+_SHOWN = {
+    "train/loss": "loss",
+    "val/exact_match": "score",
+    "val/reward_accuracy": "preferred",
+    "data/fill_tokens": "fill",
+    "data/rejected": "rejected",
+}
 
 
 class RunProgress(ProgressBar):
