@@ -224,7 +224,8 @@ class PreferenceConfig(Strict):
             out.
         update: when the shift of the quality head moves; the head refers to it. `step`: with each optimizer step.
             `micro_batch` is official.
-        normaliser: `step` takes means over the step's pairs, `micro_batch` (official) over those of each micro-batch.
+        normaliser: `step` takes means over the step's pairs, `micro_batch` (official) over those of each micro-batch;
+            what is logged is the mean over the step.
         reference: `cached` log-probabilities of the reference model, computed once; `online` keeps it in memory and
             runs it beside the policy.
         max_reward: a reward beyond it, either way, stops the run.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
@@ -20,7 +20,7 @@ from ivl_lightning.data.json_spans import RowSpan
 from ivl_lightning.data.measuring import digest_text, measure_spans, row_digest
 from ivl_lightning.data.pair_plan import PairRows
 from ivl_lightning.data.plan import PlanRows
-from ivl_lightning.structures import Record, Reject, RowError
+from ivl_lightning.structures import Record, Reject, RowError, RowKey
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,20 @@ class Corpus:
         local = row - sum(self.sizes[:dataset])
         line, offset, digest = (int(index.columns[name][local]) for name in ("line", "offset", "digest"))
         return dataset, Record(index.name, index.file, line, {}, offset, digest_text(digest))
+
+    def rows_of(self, keys: Set[RowKey]) -> NDArray[np.int64]:
+        """Rows with these keys, rising; keys of other rows are passed over."""
+        found, start = [np.empty(0, np.int64)], 0
+        for index in self.indexes:
+            own = {offset: digest for name, offset, digest in keys if name == index.name}
+            places = np.flatnonzero(np.isin(index.columns["offset"], list(own)))
+            same = [
+                digest_text(int(index.columns["digest"][place])) == own[int(index.columns["offset"][place])]
+                for place in places
+            ]
+            found.append(start + places[np.array(same, dtype=bool)])
+            start += len(index)
+        return np.concatenate(found)
 
     def locate(self, row: int) -> tuple[int, Record]:
         """Dataset number and record of a row.

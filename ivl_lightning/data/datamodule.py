@@ -154,6 +154,10 @@ class DynamicPackingDataModule(L.LightningDataModule):
         check_exclusions(self.config.exclude, indexes)
         return train, validation
 
+    def read_answers(self, *, progress: bool, look_again: bool = False) -> Corpus | None:
+        """Rows that are answered in validation besides those of `read_corpora`; None where there are no others."""
+        return None
+
     def _read(self, meta: str, encoder: EncoderFactory, progress: bool, look_again: bool) -> Corpus:
         return read_corpus(
             meta,

@@ -98,7 +98,7 @@ _NAMES = {
     "batch_pairs": "data.batch_pairs",
     "augmentation_seed": "data.augmentation_seed",
     "repeat_rule": "data.repeat_rule",
-    "reduction": "loss.reduction",
+    "reduction": "loss.reduction (of pairs: preference.parts.generation.head.reduction)",
 }
 
 

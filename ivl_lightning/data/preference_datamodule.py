@@ -18,7 +18,6 @@ from ivl_lightning.data.packing import PackPlanner
 from ivl_lightning.data.pair_dataset import PairDataset
 from ivl_lightning.data.pair_encoding import PairEncoder
 from ivl_lightning.data.plan import dealt_once
-from ivl_lightning.data.ranks import gathered
 from ivl_lightning.data.reference_cache import ReferenceCache, ReferenceLogps, row_keys
 from ivl_lightning.data.sampler import FixedSampler
 from ivl_lightning.structures import Pack, PreferenceBatch
@@ -47,7 +46,7 @@ class PreferenceDataModule(DynamicPackingDataModule):
         """Measure once, in one process of a node, so that the others find the index in the cache."""
         super().prepare_data()
         if self.config.cache_dir is not None:
-            self._read_answers(progress=True, look_again=self.look_again)
+            self.read_answers(progress=True, look_again=self.look_again)
 
     def _set_up(self, stage: str) -> None:
         super()._set_up(stage)
@@ -57,13 +56,18 @@ class PreferenceDataModule(DynamicPackingDataModule):
 
     def _measure(self) -> None:
         super()._measure()
-        answers = self._answers = self._read_answers(progress=self.config.cache_dir is None)
+        answers = self._answers = self.read_answers(progress=self.config.cache_dir is None)
         if answers is not None:
             self.ledger.add(answers.rejects, write=self._rank == 0)
             self._num_rows += len(answers) + sum(line.counted for line in answers.rejects)
             self.ledger.check(self._num_rows, self.config.reject_limit, answers.rejects)
 
-    def _read_answers(self, *, progress: bool, look_again: bool = False) -> Corpus | None:
+    def read_answers(self, *, progress: bool, look_again: bool = False) -> Corpus | None:
+        """Conversations of `data.generation_meta`, measured or from the cache; None without.
+
+        Raises:
+            ValueError: as `read_corpus`.
+        """
         meta = self.config.generation_meta
         return None if meta is None else self._read(meta, super()._encoder(training=False), progress, look_again)
 
@@ -113,15 +117,30 @@ class PreferenceDataModule(DynamicPackingDataModule):
     def unscored(self) -> list[tuple[Corpus, bool, NDArray[np.int64]]]:
         """Rows that this run needs and the cache does not have: corpus, whether it is trained on, rows.
 
-        All ranks get what the first one sees.
+        Rows that broke before are not tried again. All ranks get what the first one sees.
         """
-        assert self.reference is not None
+        needed = self._needed()
+        agreed = [self._missing(corpus, rows) for corpus, _, rows in needed] if self._rank == 0 else []
+        if self._world_size > 1:
+            assert self.trainer is not None
+            agreed = self.trainer.strategy.broadcast(agreed)
+        return [(*need[:2], rows) for need, rows in zip(needed, agreed, strict=True) if len(rows)]
+
+    def count_missing(self) -> int:
+        """How many of the rows that this run needs are not in the cache as this rank sees it."""
+        return sum(len(self._missing(corpus, rows)) for corpus, _, rows in self._needed())
+
+    def _needed(self) -> list[tuple[Corpus, bool, NDArray[np.int64]]]:
         needed = [(self.stream.view, True, self.stream.pairs.used_rows(self._max_steps))]
         if self.val_corpus is not None and len(self.val_corpus):
             needed.append((self.val_corpus, False, np.arange(len(self.val_corpus))))
-        missing = [np.intersect1d(rows, self.reference.look_up(corpus).missing) for corpus, _, rows in needed]
-        agreed = gathered(missing, self._world_size)[0]
-        return [(*need[:2], rows) for need, rows in zip(needed, agreed, strict=True) if len(rows)]
+        return needed
+
+    def _missing(self, corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert self.reference is not None
+        self.ledger.read_others()
+        missing = np.intersect1d(rows, self.reference.look_up(corpus).missing)
+        return np.setdiff1d(missing, corpus.rows_of(self.ledger.left_out))
 
     @property
     def _max_steps(self) -> int | None:

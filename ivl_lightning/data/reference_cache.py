@@ -30,6 +30,7 @@ from ivl_lightning.data.index_file import writing
 from ivl_lightning.models.tokenizer import tokenizer_fingerprint
 
 _VERSION = 2
+_FEW_PARTS = 256
 _TYPES: dict[str, type[np.generic]] = {
     "key": np.uint64,
     "chosen": np.float32,
@@ -109,18 +110,39 @@ class ReferenceCache:
         with writing(self.folder / f"{time.time_ns()}-{os.getpid()}.parquet") as aside:
             pq.write_table(pa.table(arrays), aside, write_page_checksum=True)
 
+    def merge(self) -> None:
+        """Make one part of many, for later runs to read faster; to be called by whoever holds the cache's lock.
+
+        Raises:
+            IndexWriteError: the folder does not take it.
+        """
+        paths = sorted(self.folder.glob("*.parquet"))
+        if len(paths) <= _FEW_PARTS:
+            return
+        table = self._read()
+        self.add(
+            table["key"].tolist(), np.stack([table["chosen"], table["rejected"]], axis=1), table["checksum"].tolist()
+        )
+        for path in paths:
+            path.unlink(missing_ok=True)
+
     def _read(self) -> dict[str, NDArray[Any]]:
-        parts = [part for path in sorted(self.folder.glob("*.parquet")) if (part := _read_part(path)) is not None]
+        # Whoever merges writes the whole before it removes the parts: where one is gone, another look finds all.
+        while None in (parts := [_read_part(path) for path in sorted(self.folder.glob("*.parquet"))]):
+            continue
         return {
-            name: np.concatenate([np.empty(0, dtype), *(part[name] for part in parts)])
+            name: np.concatenate([np.empty(0, dtype), *(part[name] for part in parts if part is not None)])
             for name, dtype in _TYPES.items()
         }
 
 
 def _read_part(path: Path) -> dict[str, NDArray[Any]] | None:
+    """Columns of a part; None where it is gone, or was damaged and is set aside now."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         return {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in _TYPES.items()}
+    except FileNotFoundError:
+        return None
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         # Set aside and not removed: on a shared disk a passing fault looks alike. Another rank may have been first.
         aside = path.with_suffix(".damaged")

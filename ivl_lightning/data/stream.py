@@ -61,7 +61,8 @@ def plan_settings(
         packs_per_step=config.packs_per_step,
         max_tokens=config.max_tokens,
         max_tiles=config.max_pack_tiles,
-        pool_size=config.pool_size,
+        # Pairs are spread over a step's packs, without a pool.
+        pool_size=0 if pairs else config.pool_size,
         seed=seed,
         reduction=reduction,
         repeat_rule=config.repeat_rule,

@@ -24,6 +24,9 @@ _VOLATILE: tuple[str, ...] = (
     "callbacks",
     "strategy",
     "init_from",
+    # They follow from the stage's class and the function.
+    "stage.rows",
+    "data.prepare.needs_weights",
     "data.cache_dir",
     "data.index_workers",
     "data.num_workers",

@@ -66,9 +66,8 @@ def prepare_pairs(
     prepare(folder, seed=seed, **options)
     settings = PairSettings(**(pairs or {}))
     target = folder / PAIRS_FOLDER
-    made_of = json.dumps(
-        {"weights": weights, "changed": _changed(Path(weights)), "seed": seed, "pairs": repr(settings)}
-    )
+    of = {"weights": weights, "changed": _changed(Path(weights)), "seed": seed, "pairs": repr(settings)}
+    made_of = json.dumps({**of, "data": options}, sort_keys=True)
     marker = target / "made_of.json"
     if marker.is_file() and marker.read_text(encoding="utf-8") == made_of:
         return

@@ -86,6 +86,7 @@ class MixedPreference(Stage):
         # In a tuple: a registered module would go to checkpoints and to the optimizer.
         self._reference_root: tuple[InternVLWithLogps, ...] = ()
         self._untouched = False
+        self._settled: dict[str, Tensor] = {}
         self._step_rewards: list[tuple[tuple[str, ...], Tensor]] = []
         self.val_parts = nn.ModuleDict({name: MeanMetric() for name in self.mixture.heads})
         self.val_rewards = nn.ModuleDict({name: MeanMetric() for name in _REWARDS})
@@ -219,11 +220,25 @@ class MixedPreference(Stage):
             return self.mixture.own_divisors(pairs)
         return planned.step_samples / planned.packs_per_step, planned.weight_sum / planned.packs_per_step
 
+    def on_train_start(self) -> None:
+        """See `Stage.on_train_start`."""
+        super().on_train_start()
+        self._settle()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; then the shift takes the step's rewards in."""
         super().optimizer_step(*args, **kwargs)
         self._untouched = False
         self.mixture.end_step()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Remember the shift as it is between two steps."""
+        self._settled = {f"mixture.{name}": value.clone() for name, value in self.mixture.state_dict().items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A step that is under way is made anew by whoever continues, and so is what it did to the shift."""
+        checkpoint["state_dict"].update(self._settled)
 
     def _log_step(self, terms: dict[str, Tensor], pairs: PairScores, batch: PreferenceBatch) -> None:
         """Add up what is known of the pairs, by dataset; with the step's last micro-batch log their means."""
@@ -302,6 +317,11 @@ class MixedPreference(Stage):
 
     # -- validation -----------------------------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """Without a fit before it, the reference model is still where it was built."""
+        if self.reference == "online":
+            self._move_reference()
+
     def on_validation_epoch_start(self) -> None:
         """Count anew."""
         super().on_validation_epoch_start()
@@ -315,7 +335,8 @@ class MixedPreference(Stage):
         if isinstance(batch, PromptBatch):
             return self._answer_prompts(batch)
         pairs = self._score(batch)
-        datamodule_of(self.trainer).note_rejects(batch.rejects)
+        # Told to the other ranks with the next step's sums, as those of training.
+        self._broken += datamodule_of(self.trainer).note_rejects(batch.rejects)
         if not batch.num_pairs:
             return None
         counts = self.mixture.counts(pairs)

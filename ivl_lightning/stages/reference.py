@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
+from ivl_lightning.data.ranks import gathered
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.stages.root import InternVLWithLogps
 from ivl_lightning.structures import PreferenceBatch
@@ -23,6 +24,8 @@ from ivl_lightning.structures import PreferenceBatch
 _KEEP_SECONDS = 30.0
 """Scores are written after so many seconds: what a kill can cost."""
 _WAIT_SECONDS = 2.0
+_SLICE_ROWS = 20_000
+_HELD, _BUSY = "held", "busy"
 _log = logging.getLogger(__name__)
 
 
@@ -44,14 +47,18 @@ def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, tra
         TooManyRejectsError: more pairs cannot be read than `data.reject_limit` allows.
     """
     assert datamodule.reference is not None
-    if not datamodule.unscored():
-        return 0
-    with _only_one(datamodule, trainer), _eval_mode(root):
+    with _only_one(datamodule, trainer):
         # Another run may have scored them while this one waited.
         work = datamodule.unscored()
-        scored = sum(_score(root, *part, datamodule=datamodule, trainer=trainer) for part in work)
+        if not work:
+            return 0
+        with _eval_mode(root):
+            scored = sum(_score(root, *part, datamodule=datamodule, trainer=trainer) for part in work)
         trainer.strategy.barrier()
-        _check_shared(datamodule, broken=sum(len(rows) for *_, rows in work) - scored)
+        if trainer.is_global_zero:
+            datamodule.reference.merge()
+        trainer.strategy.barrier()
+        _check_shared(datamodule, trainer, broken=sum(len(rows) for *_, rows in work) - scored)
     return scored
 
 
@@ -65,7 +72,6 @@ def _score(
     trainer: L.Trainer,
 ) -> int:
     """Score some rows of a corpus; returns how many could be, over all ranks."""
-    loader = datamodule.scoring_loader(corpus, training, rows)
     known: list[int] = []
     checksums: list[int] = []
     logps: list[Tensor] = []
@@ -74,7 +80,7 @@ def _score(
     counter = PassProgress("reference log-probabilities,", "pairs", len(rows), show=show)
     # Not inference mode: what FSDP gathers in it could not be trained with later.
     with counter as progress, torch.no_grad(), trainer.precision_plugin.forward_context():
-        for batch in loader:
+        for batch in _batches(corpus, training, rows, datamodule):
             moved = datamodule.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             logps.append(_finite(root(moved).detach(), batch))
             known += batch.sample_rows
@@ -92,6 +98,14 @@ def _score(
     return int(all_scored)
 
 
+def _batches(
+    corpus: Corpus, training: bool, rows: NDArray[np.int64], datamodule: PreferenceDataModule
+) -> Iterator[PreferenceBatch]:
+    """This rank's batches, a slice of the rows after the other: packing millions of rows at once would take minutes."""
+    for start in range(0, len(rows), _SLICE_ROWS):
+        yield from datamodule.scoring_loader(corpus, training, rows[start : start + _SLICE_ROWS])
+
+
 def _finite(logps: Tensor, batch: PreferenceBatch) -> Tensor:
     bad = ~logps.isfinite().all(dim=1)
     if bad.any():
@@ -103,8 +117,8 @@ def _finite(logps: Tensor, batch: PreferenceBatch) -> Tensor:
     return logps
 
 
-def _check_shared(datamodule: PreferenceDataModule, *, broken: int) -> None:
-    left = sum(len(rows) for *_, rows in datamodule.unscored())
+def _check_shared(datamodule: PreferenceDataModule, trainer: L.Trainer, *, broken: int) -> None:
+    left = max(gathered(datamodule.count_missing(), trainer.world_size))
     if left > broken:
         assert datamodule.reference is not None
         raise ValueError(
@@ -122,9 +136,11 @@ def _only_one(datamodule: PreferenceDataModule, trainer: L.Trainer) -> Iterator[
     lock = FileLock(f"{folder}.lock")
     waited = False
     while True:
-        held = trainer.global_rank != 0 or _acquired(lock)
-        if trainer.strategy.broadcast(held):
+        state = trainer.strategy.broadcast(_acquire(lock) if trainer.is_global_zero else "")
+        if state == _HELD:
             break
+        if state != _BUSY:
+            raise ValueError(f"data.cache_dir={folder.parent} cannot be locked: {state}. Give another folder")
         if not waited and trainer.is_global_zero:
             _log.warning(
                 "another run computes the same reference log-probabilities; waiting for it (%s)", lock.lock_file
@@ -137,12 +153,15 @@ def _only_one(datamodule: PreferenceDataModule, trainer: L.Trainer) -> Iterator[
         lock.release()
 
 
-def _acquired(lock: FileLock) -> bool:
+def _acquire(lock: FileLock) -> str:
+    """Whether the lock is held now, busy, or why it cannot be had; for all ranks to know."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return False
-    return True
+        return _BUSY
+    except (OSError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return _HELD
 
 
 @contextmanager

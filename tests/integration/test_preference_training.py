@@ -408,3 +408,40 @@ def test_validating_without_a_reference_is_refused(pairs, tokenizer, tmp_path):
         validate("cached")
     assert wanted["val/reward_accuracy"] > 0.5
     assert validate("online") == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("update", ["step", "pair", "micro_batch"])
+def test_a_checkpoint_of_an_exception_holds_the_shift_of_whole_steps(pairs, tokenizer, tmp_path, update):
+    """Stopped in the second micro-step of the third step: what the first one did to the shift is done anew."""
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (batch.planned.step, batch.planned.micro_step) == (2, 1):
+                raise ValueError("stopped")
+
+    def stage():
+        quality = {"weight": 0.2, "head": BCOPair(update=update)}
+        return {"mixture": PreferenceMixture({"quality": quality, "generation": {"weight": 1.0, "head": SFT()}})}
+
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", save_on_exception=True)
+    stopped = Fit(pairs, tokenizer, tmp_path / "run", stage=stage(), callbacks=[keep, Stop()])
+    assert "stopped" in str(stopped.error)
+    checkpoint = next((tmp_path / "kept").glob("*.ckpt"))
+    rest = Fit(pairs, tokenizer, tmp_path / "rest", stage=stage(), ckpt_path=checkpoint)
+    whole = Fit(pairs, tokenizer, tmp_path / "whole", stage=stage())
+    assert rest.watch.losses == whole.watch.losses[2:]
+    assert rest.watch.shifts == whole.watch.shifts[2:]
+
+
+def test_a_pair_that_cannot_be_read_does_not_ask_for_the_reference_again(pairs, tokenizer, tmp_path):
+    """A run with one broken picture is resumed with a ready network: everything else is cached, nothing is built."""
+    picture = pairs.parent / "1.png"
+    picture.write_bytes(picture.read_bytes()[:200])
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    data = {"reject_limit": 0.5}
+    ready = {"model": tiny.build_tiny_model(tokenizer), "weights_id": lambda: "same"}
+    first = Fit(pairs, tokenizer, tmp_path / "run", stage=dict(ready), data=data, callbacks=[keep])
+    assert first.error is None
+    again = {"model": tiny.build_tiny_model(tokenizer), "weights_id": lambda: "same"}
+    rest = Fit(pairs, tokenizer, tmp_path / "run", stage=again, data=data, ckpt_path=tmp_path / "kept/step=2.ckpt")
+    assert rest.error is None
