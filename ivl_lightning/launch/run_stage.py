@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
@@ -183,7 +184,7 @@ def preference_options(config: RunConfig) -> dict[str, Any]:
     parts = {name: part for name, part in settings.parts.items() if part is not None}
     return {
         "mixture": PreferenceMixture(
-            {name: {**part, "head": instantiate(part["head"])} for name, part in parts.items()}
+            {name: {**part, "head": _head(name, part["head"])} for name, part in parts.items()}
         ),
         "beta": settings.beta,
         "normaliser": settings.normaliser,
@@ -192,6 +193,21 @@ def preference_options(config: RunConfig) -> dict[str, Any]:
         "chunk_rows": settings.chunk_rows,
         "weights_id": partial(input_hash, config) if config.init_from or config.model.path else None,
     }
+
+
+def _head(name: str, settings: dict[str, Any]) -> Any:
+    """A head of the mixture.
+
+    Raises:
+        ConfigError: there is no such head, or it does not take these arguments.
+    """
+    try:
+        return instantiate(settings)
+    except InstantiationException as error:
+        raise ConfigError(
+            f"preference.parts.{name}.head cannot be built: {error.__cause__ or error}. To take another head, set "
+            f"preference.parts.{name}=null and add +preference.parts.NAME={{weight: ..., head: {{_target_: ...}}}}"
+        ) from error
 
 
 def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:

@@ -152,6 +152,22 @@ def test_every_mixture_can_be_built(name):
     assert set(mixture.heads) == {name for name, part in config.preference.parts.items() if part is not None}
 
 
+def test_another_head_takes_the_place_of_a_part():
+    """As docs/stages.md has it; an argument that a head does not take is named, with what to do."""
+    hinge = "{_target_: ivl_lightning.losses.preference.HingePreference}"
+    arguments = ["preference.parts.preference=null", f"+preference.parts.hinge={{weight: 0.8, head: {hinge}}}"]
+    check_keys(arguments)
+    mixture = preference_options(stage_config("mixed_preference", *arguments))["mixture"]
+    assert {name: type(head).__name__ for name, head in mixture.heads.items()} == {
+        "quality": "BCOPair",
+        "generation": "SFT",
+        "hinge": "HingePreference",
+    }
+    config = stage_config("mixed_preference", f"preference.parts.preference.head={hinge}")
+    with pytest.raises(ConfigError, match=r"preference\.parts\.preference\.head cannot be built: .*label_smoothing"):
+        preference_options(config)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
