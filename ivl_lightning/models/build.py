@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -19,13 +21,17 @@ from transformers import (
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 from ivl_lightning.config.schema import ModelConfig
+from ivl_lightning.models.assembly import assemble, with_image_size
 
 # Imported for its registration: `attn_implementation="ivl_packed"` is known from here on.
 from ivl_lightning.models.attention import PACKED_ATTENTION
-from ivl_lightning.models.parts import patch_size, text_config, tile_size, vision_tower
-from ivl_lightning.models.tokenizer import image_token_id
+from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from ivl_lightning.models.parts import set_image_size, text_config, tile_size, vision_tower
+from ivl_lightning.models.streaming import empty_model, fill
+from ivl_lightning.models.tokenizer import has_tokenizer, image_token_id, load_tokenizer
 
 VISION_ATTENTION = "sdpa"
+GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def build_config(config: ModelConfig) -> InternVLConfig:
@@ -47,8 +53,7 @@ def build_config(config: ModelConfig) -> InternVLConfig:
         downsample_ratio=config.downsample_ratio,
         tie_word_embeddings=False,
     )
-    side = int(tile_size(internvl) // patch_size(internvl) * config.downsample_ratio)
-    internvl.image_seq_length = side * side
+    set_image_size(internvl, tile_size(internvl))
     return internvl
 
 
@@ -62,20 +67,40 @@ def _check_fields(where: str, given: dict[str, Any], known: PreTrainedConfig) ->
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
-    """A model with random weights (or those of `config.path`) whose vocabulary holds the tokenizer's.
+    """A model with random weights (or those of `config.path` and its kin) whose vocabulary holds the tokenizer's.
 
     Raises:
-        ValueError: unknown fields, a tokenizer without `<IMG_CONTEXT>`, or an unreadable `config.path`.
+        ValueError: unknown fields, a tokenizer without `<IMG_CONTEXT>`, or weights that cannot be read.
     """
     dtype = getattr(torch, config.dtype)
-    if config.path is not None:
-        model = load_model(config.path, dtype=dtype, attention=config.attention)
+    if has_weights(config):
+        model = load_model(
+            config.path,
+            dtype=dtype,
+            attention=config.attention,
+            vision=config.vision_path,
+            projector=config.projector_path,
+            language_model=config.language_model_path,
+            image_size=_wanted_tile(config),
+            downsample_ratio=config.downsample_ratio,
+            template=config.template,
+        )
         check_shapes(model, config)
     else:
         model = _random_model(config, len(tokenizer), dtype)
     grow_vocabulary(model, len(tokenizer))
     model.config.image_token_id = model.model.config.image_token_id = image_token_id(tokenizer)
     return model
+
+
+def has_weights(config: ModelConfig) -> bool:
+    """Whether the network is read from somewhere, and not made of random numbers."""
+    return any(path is not None for path in (config.path, config.vision_path, config.language_model_path))
+
+
+def _wanted_tile(config: ModelConfig) -> int | None:
+    side = config.vision.get("image_size")
+    return side if isinstance(side, int) else None
 
 
 def _random_model(config: ModelConfig, vocabulary: int, dtype: torch.dtype) -> InternVLForConditionalGeneration:
@@ -97,33 +122,102 @@ def _break_symmetry(tower: InternVLVisionModel, std: float) -> None:
     nn.init.normal_(embeddings.position_embeddings, std=std)
 
 
-def load_model(path: str, **kwargs: Any) -> InternVLForConditionalGeneration:
-    """Read a folder that transformers wrote (`config.json` and safetensors).
+def load_model(
+    path: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = PACKED_ATTENTION,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    language_model: str | Path | None = None,
+    image_size: int | None = None,
+    downsample_ratio: float = 0.5,
+    template: str = "internvl2_5",
+    device_of: Callable[[str], torch.device] = lambda _: torch.device("cpu"),
+) -> InternVLForConditionalGeneration:
+    """A model from a folder of either layout, from parts, or from a folder some of whose parts are replaced.
+
+    Built without memory first, then filled tensor by tensor: beyond the model itself no more than one tensor is held.
+    Code that lies beside the weights is never run.
 
     Args:
-        path: the folder.
-        **kwargs: `dtype` (float32 by default), `attention` (packed by default), and what `from_pretrained` takes.
+        path: folder of a checkpoint: the original's layout (`OpenGVLab/InternVL2_5-8B`) or transformers' (`-hf`).
+        dtype: of the weights.
+        attention: of the language model, by transformers' names.
+        vision: takes the tower from another folder: an InternViT, or a whole checkpoint.
+        projector: takes the projector from a file (a released `mlp1`), or a whole checkpoint. One that is given
+            nowhere is new.
+        language_model: takes the language model from another folder: one of its own, or a whole checkpoint.
+        image_size: side of a tile in pixels; position embeddings are resized to it. None keeps what the files say.
+        downsample_ratio: pixel unshuffle of a model from parts.
+        template: chat template of a model from parts.
+        device_of: where the parameter of a (native) name shall lie.
+
+    Returns:
+        In evaluation mode. `config.image_token_id` is that of the folder's tokenizer, if one lies there.
 
     Raises:
-        ValueError: no such folder, no configuration, or one of another kind of model.
+        ValueError: no such folder, another kind of model, and files that are missing, damaged, or do not fit the
+            configuration; names file and tensor or field.
     """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model.path={path}: there is no config.json; give a folder written by save_pretrained")
-    found = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if found != InternVLConfig.model_type:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type is {found!r}, needed is {InternVLConfig.model_type!r} "
-            "(the layout transformers writes, names ending in -hf)"
-        )
-    return InternVLForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=kwargs.pop("dtype", torch.float32),
-        attn_implementation=_attention(kwargs.pop("attention", PACKED_ATTENTION)),
-        use_safetensors=True,
-        local_files_only=True,
-        **kwargs,
+    checkpoint = open_model(
+        path,
+        vision=vision,
+        projector=projector,
+        language_model=language_model,
+        image_size=image_size,
+        downsample_ratio=downsample_ratio,
+        template=template,
     )
+    model = empty_model(checkpoint.config, dtype=dtype, attention=_attention(attention))
+    fill(model, checkpoint.tensors, described_by=str(checkpoint.folder / CONFIG_NAME), device_of=device_of)
+    _set_generation(model, checkpoint.folder)
+    model.config._name_or_path = str(checkpoint.folder)
+    return model.eval()
+
+
+def open_model(
+    path: str | Path | None,
+    *,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    language_model: str | Path | None = None,
+    image_size: int | None = None,
+    downsample_ratio: float = 0.5,
+    template: str = "internvl2_5",
+) -> Checkpoint:
+    """What `load_model` reads, opened: configuration and tensors.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    base = None if path is None else open_checkpoint(path)
+    if base is not None and vision is None and projector is None and language_model is None:
+        checkpoint = with_image_size(base, image_size)
+    else:
+        checkpoint = assemble(
+            base,
+            vision=vision,
+            projector=projector,
+            language_model=language_model,
+            image_size=image_size,
+            downsample_ratio=downsample_ratio,
+            template=template,
+        )
+    if checkpoint.layout == "original":
+        _set_image_token(checkpoint)
+    return checkpoint
+
+
+def _set_image_token(checkpoint: Checkpoint) -> None:
+    """The original's config.json does not say which id stands for image features; its tokenizer does."""
+    if has_tokenizer(checkpoint.folder):
+        checkpoint.config.image_token_id = image_token_id(load_tokenizer(checkpoint.folder))
+
+
+def _set_generation(model: InternVLForConditionalGeneration, folder: Path) -> None:
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def check_shapes(model: InternVLForConditionalGeneration, config: ModelConfig) -> None:

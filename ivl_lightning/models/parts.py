@@ -46,5 +46,13 @@ def patch_size(config: InternVLConfig) -> int:
     return _side(vision_config(config).patch_size)
 
 
+def set_image_size(config: InternVLConfig, side: int) -> None:
+    """Make tiles `side` pixels wide, and the count of their context tokens agree, in place."""
+    vision = vision_config(config)
+    vision.image_size = [side, side]
+    tokens = int(side // patch_size(config) * config.downsample_ratio)
+    config.image_seq_length = tokens * tokens
+
+
 def _side(size: int | list[int] | tuple[int, ...]) -> int:
     return size if isinstance(size, int) else size[0]

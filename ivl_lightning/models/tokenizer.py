@@ -50,6 +50,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     )
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a folder holds files that `load_tokenizer` reads."""
+    return any((Path(path) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+
+
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add the nine special tokens in the official order; return how many were new.
 

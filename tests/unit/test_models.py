@@ -64,8 +64,8 @@ def test_weights_of_another_size_are_refused(model):
 def test_load_model_says_what_is_wrong_with_a_folder(tmp_path: Path):
     with pytest.raises(ValueError, match=r"there is no config.json"):
         load_model(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
-    with pytest.raises(ValueError, match="model_type is 'internvl_chat'"):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="model_type is 'qwen2'"):
         load_model(str(tmp_path))
 
 

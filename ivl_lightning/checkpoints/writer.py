@@ -1,0 +1,160 @@
+"""Writing a folder of weights shard by shard, and whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ivl_lightning.checkpoints.files import INDEX_SUFFIX, SAFETENSORS
+from ivl_lightning.checkpoints.source import TensorSource
+
+SHARD_BYTES = 5_000_000_000
+_RESERVE = 1.01
+"""Over the bytes of the weights: headers, tokenizer, a file system's own needs."""
+
+
+class DiskError(OSError):
+    """The disk is full or fails; nothing is wrong with the checkpoint."""
+
+
+def write_weights(
+    source: TensorSource,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write all tensors as `model.safetensors`, or as shards with an index; one shard is in memory at a time.
+
+    Args:
+        source: of the tensors, under the names to be written.
+        folder: exists.
+        dtype: floating-point tensors are cast to it; None keeps each as it is.
+        shard_bytes: of a file at most, unless one tensor is larger.
+        advance: told of bytes written.
+
+    Raises:
+        DiskError: no space, or the disk fails.
+    """
+    sizes = {name: written_bytes(source.meta(name), dtype) for name in source.names()}
+    shards = _shards(sizes, shard_bytes)
+    names = _file_names(len(shards))
+    for file, shard in zip(names, shards, strict=True):
+        _save({name: _ready(source.read(name), dtype) for name in shard}, folder / file)
+        advance(sum(sizes[name] for name in shard))
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / f"{SAFETENSORS}{INDEX_SUFFIX}").write_text(text, encoding="utf-8")
+
+
+def written_bytes(meta: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes of a tensor once written."""
+    kind = dtype if dtype is not None and meta.is_floating_point() else meta.dtype
+    return meta.numel() * kind.itemsize
+
+
+def total_bytes(source: TensorSource, dtype: torch.dtype | None = None) -> int:
+    """Bytes of all tensors once written."""
+    return sum(written_bytes(source.meta(name), dtype) for name in source.names())
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [SAFETENSORS]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _ready(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    return cast.contiguous()
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        # Readers, transformers' among them, take a file without this entry for one of another framework.
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise DiskError(f"{file} cannot be written ({error}): make room, or choose another folder") from error
+    # The library makes files that only their owner may read.
+    file.chmod(0o644)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse a folder whose disk has no room.
+
+    Args:
+        folder: to be written; its nearest existing parent is asked.
+        needed: bytes of the weights.
+
+    Raises:
+        DiskError: names both numbers.
+    """
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed * _RESERVE:
+        raise DiskError(
+            f"{folder} needs {needed / 1e9:,.2f} GB, but its disk has {free / 1e9:,.2f} GB free: make room, or choose "
+            "another folder"
+        )
+
+
+@contextmanager
+def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `target` that takes its name when all went well; else it is removed and `target` stays.
+
+    Args:
+        target: must not exist, or be empty, unless `overwrite`.
+        overwrite: replace what is there.
+
+    Raises:
+        ValueError: there is something already.
+        DiskError: no space, or the disk fails.
+    """
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target={target} exists: give another folder, or overwrite=true to replace it")
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        replace_folder(aside, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskError(f"{target} cannot be written ({error.strerror}): make room") from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give `new` the name of `target`; what was there is removed only when the new one stands."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,254 @@
+"""A model from parts: a vision tower, a projector and a language model of different origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+
+from ivl_lightning.checkpoints.files import open_file, open_folder
+from ivl_lightning.checkpoints.key_map import INTERNLM2, PROJECTOR, VISION, KeyTable, key_table
+from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource, renamed
+from ivl_lightning.checkpoints.views import AsNative
+from ivl_lightning.models.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    open_checkpoint,
+    read_config_values,
+    untied,
+)
+from ivl_lightning.models.original_config import (
+    ORIGINAL_TYPE,
+    ORIGINAL_VISION_TYPE,
+    RECORD,
+    has_original_class,
+    language_class,
+    language_from_original,
+    native_language_class,
+    to_original,
+    vision_from_original,
+)
+from ivl_lightning.models.parts import patch_size, set_image_size, text_config, tile_size, vision_config
+from ivl_lightning.models.positions import ResizedPositions
+
+TOWER, JOINT = "model.vision_tower.", "model.multi_modal_projector."
+LANGUAGE = ("model.language_model.", "lm_head.")
+_NATIVE_VISION_TYPE = InternVLVisionConfig.model_type
+_INTERNVL_TYPES = (ORIGINAL_TYPE, InternVLConfig.model_type)
+
+
+class Tower(NamedTuple):
+    """A vision tower: configuration, and tensors with native names."""
+
+    config: InternVLVisionConfig
+    tensors: TensorSource
+
+
+class Language(NamedTuple):
+    """A language model: configuration, the original's class for it if there is one, tensors with native names."""
+
+    config: PreTrainedConfig
+    original_class: str | None
+    tensors: TensorSource
+
+
+def open_tower(path: str | Path) -> Tower:
+    """The vision tower of a folder: an InternViT of its own, or that of a whole checkpoint of either layout.
+
+    Raises:
+        CheckpointError: the folder holds neither.
+    """
+    folder = Path(path)
+    values = read_config_values(folder)
+    kind = values.get("model_type")
+    if kind in _INTERNVL_TYPES:
+        whole = open_checkpoint(folder)
+        return Tower(vision_config(whole.config), _only(whole.tensors, TOWER))
+    if kind == ORIGINAL_VISION_TYPE:
+        tensors = renamed(open_folder(folder), lambda name: f"vision_model.{name.removeprefix('vision_model.')}")
+        return Tower(vision_from_original(values, folder / CONFIG_NAME), AsNative(tensors, KeyTable(VISION)))
+    if kind == _NATIVE_VISION_TYPE:
+        config = InternVLVisionConfig.from_dict(values)
+        return Tower(config, renamed(open_folder(folder), lambda name: TOWER + name))
+    raise CheckpointError(
+        f"{folder / CONFIG_NAME}: model_type is {kind!r}, which is no vision tower; known are "
+        f"{', '.join((ORIGINAL_VISION_TYPE, _NATIVE_VISION_TYPE, *_INTERNVL_TYPES))}"
+    )
+
+
+def open_language(path: str | Path) -> Language:
+    """The language model of a folder: one of its own, or that of a whole checkpoint of either layout.
+
+    Raises:
+        CheckpointError: the folder holds neither, or a model that transformers does not know.
+    """
+    folder = Path(path)
+    values = read_config_values(folder)
+    file = folder / CONFIG_NAME
+    if values.get("model_type") in _INTERNVL_TYPES:
+        whole = open_checkpoint(folder)
+        name = native_language_class(whole.config) if has_original_class(whole.config) else None
+        return Language(text_config(whole.config), name, _only(whole.tensors, *LANGUAGE))
+    if (values.get("architectures") or [None])[0] == INTERNLM2:
+        config = language_from_original(values, file)
+        table = key_table(INTERNLM2, config.num_attention_heads, config.num_key_value_heads)
+        tensors = renamed(open_folder(folder), lambda name: f"language_model.{name}")
+        return Language(config, language_class(values, file), AsNative(tensors, table))
+    # Names of a causal language model in transformers: `model.` and its head.
+    tensors = renamed(open_folder(folder), _causal_name)
+    return Language(_known_language(values, file), None, untied(tensors, values))
+
+
+def open_projector(path: str | Path) -> TensorSource:
+    """A projector: a released bare `mlp1` file (`.pth`, `.bin` or `.safetensors`), or that of a whole checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged or holds something else.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return _only(open_checkpoint(place).tensors, JOINT)
+    tensors = renamed(open_file(place), lambda name: f"mlp1.{name.removeprefix('mlp1.')}")
+    return AsNative(tensors, KeyTable(PROJECTOR))
+
+
+def assemble(
+    base: Checkpoint | None,
+    *,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    language_model: str | Path | None = None,
+    image_size: int | None = None,
+    downsample_ratio: float = 0.5,
+    template: str = "internvl2_5",
+) -> Checkpoint:
+    """A checkpoint whose parts come from several places.
+
+    Args:
+        base: gives the parts that are not named; None where all are, but for the projector, which is then new.
+        vision: see `open_tower`.
+        projector: see `open_projector`.
+        language_model: see `open_language`.
+        image_size: side of a tile in pixels; position embeddings are resized to it. None keeps the tower's.
+        downsample_ratio: pixel unshuffle, where there is no base.
+        template: chat template, where there is no base.
+
+    Raises:
+        CheckpointError: a part is missing, cannot be read, or does not fit the others.
+    """
+    if base is None and (vision is None or language_model is None):
+        raise CheckpointError(
+            "a model from parts needs a vision tower and a language model (model.vision_path and "
+            "model.language_model_path), or a whole checkpoint (model.path) that has the others"
+        )
+    tower = None if vision is None else open_tower(vision)
+    language = None if language_model is None else open_language(language_model)
+    config = _joint_config(base, tower, language, downsample_ratio)
+    replaced = (TOWER,) * (tower is not None) + LANGUAGE * (language is not None)
+    kept: list[TensorSource] = [] if base is None else [_without(base.tensors, *replaced)]
+    sources = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
+    sources.append(_projector(projector, config, sources))
+    joint = Checkpoint(_place(base, vision), "hf", config, Combined(sources))
+    joint = with_image_size(joint, image_size)
+    _keep_record(joint.config, base, language, template)
+    return joint
+
+
+def with_image_size(checkpoint: Checkpoint, image_size: int | None) -> Checkpoint:
+    """The checkpoint for tiles of another side in pixels; None keeps it.
+
+    Raises:
+        CheckpointError: the side is no multiple of the patch.
+    """
+    config, patch = checkpoint.config, patch_size(checkpoint.config)
+    if image_size is None or image_size == tile_size(config):
+        return checkpoint
+    if image_size % patch:
+        raise CheckpointError(f"image_size={image_size} is no multiple of the vision tower's patch of {patch} pixels")
+    set_image_size(config, image_size)
+    return replace(checkpoint, tensors=ResizedPositions(checkpoint.tensors, image_size // patch))
+
+
+def _joint_config(
+    base: Checkpoint | None, tower: Tower | None, language: Language | None, downsample_ratio: float
+) -> InternVLConfig:
+    if base is None:
+        assert tower is not None
+        assert language is not None
+        config = InternVLConfig(
+            vision_config=tower.config,
+            text_config=language.config,
+            downsample_ratio=downsample_ratio,
+            tie_word_embeddings=False,
+        )
+    else:
+        config = base.config
+        config.vision_config = vision_config(config) if tower is None else tower.config
+        config.text_config = text_config(config) if language is None else language.config
+    text_config(config).tie_word_embeddings = False
+    set_image_size(config, tile_size(config))
+    return config
+
+
+def _projector(path: str | Path | None, config: InternVLConfig, sources: list[TensorSource]) -> TensorSource:
+    """The given projector; else nothing where the one of the base fits; else a new one as torch makes it."""
+    if path is not None:
+        return open_projector(path)
+    shapes = {name: source.meta(name).shape for source in sources for name in source.names() if name.startswith(JOINT)}
+    with torch.device("meta"):
+        wanted = {JOINT + name: value.shape for name, value in InternVLMultiModalProjector(config).named_parameters()}
+    if shapes == wanted:
+        return MemorySource({})
+    return new_projector(config)
+
+
+def new_projector(config: InternVLConfig) -> MemorySource:
+    """A projector with torch's own random start, as the original gives a new one."""
+    module: nn.Module = InternVLMultiModalProjector(config)
+    tensors: dict[str, Tensor] = {JOINT + name: value for name, value in module.state_dict().items()}
+    return MemorySource(tensors, "a new projector")
+
+
+def _keep_record(config: InternVLConfig, base: Checkpoint | None, language: Language | None, template: str) -> None:
+    """The original's settings for the model that was put together, where the original knows its language model."""
+    if base is not None and language is None:
+        return
+    own = None if language is None else language.original_class
+    kept = getattr(config, RECORD, None) or {}
+    setattr(config, RECORD, None)
+    if own is None and not has_original_class(config):
+        return
+    made = to_original(config, template=kept.get("template", template), language=own)
+    setattr(config, RECORD, {**made, "ps_version": kept.get("ps_version", "v2")})
+
+
+def _known_language(values: Mapping[str, Any], file: Path) -> PreTrainedConfig:
+    try:
+        given = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
+        config: PreTrainedConfig = AutoConfig.for_model(str(values.get("model_type")), **given)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: no language model that transformers knows: {error}") from error
+    return config
+
+
+def _causal_name(name: str) -> str:
+    return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+
+def _only(tensors: TensorSource, *prefixes: str) -> TensorSource:
+    return renamed(tensors, lambda name: name if name.startswith(prefixes) else None)
+
+
+def _without(tensors: TensorSource, *prefixes: str) -> TensorSource:
+    return renamed(tensors, lambda name: None if name.startswith(prefixes) else name)
+
+
+def _place(base: Checkpoint | None, vision: str | Path | None) -> Path:
+    return base.folder if base is not None else Path(str(vision))

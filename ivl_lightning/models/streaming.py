@@ -1,0 +1,86 @@
+"""A network on the meta device, and its weights read into it one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from ivl_lightning.checkpoints.source import TensorSource
+from ivl_lightning.checkpoints.views import check_complete
+from ivl_lightning.models.projector import choose_projector
+
+_CPU = torch.device("cpu")
+
+
+def empty_model(
+    config: InternVLConfig, *, dtype: torch.dtype, attention: dict[str, str]
+) -> InternVLForConditionalGeneration:
+    """The network without memory for its weights.
+
+    Args:
+        config: its shapes.
+        dtype: of its parameters.
+        attention: implementation of each part, by transformers' names.
+    """
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    choose_projector(model)
+    return model
+
+
+def fill(
+    model: InternVLForConditionalGeneration,
+    source: TensorSource,
+    *,
+    described_by: str,
+    device_of: Callable[[str], torch.device] = lambda _: _CPU,
+) -> None:
+    """Read every parameter of a model on the meta device, in place; memory beyond the model's is one tensor's.
+
+    Args:
+        model: from `empty_model`.
+        source: with native names.
+        described_by: the configuration, for messages.
+        device_of: where the parameter of this name shall lie.
+
+    Raises:
+        CheckpointError: a missing or surplus tensor, one of another shape, or one that cannot be read.
+    """
+    parameters = dict(model.named_parameters())
+    check_complete(source, {name: tuple(value.shape) for name, value in parameters.items()}, described_by)
+    for name in source.names():
+        old = parameters[name]
+        # Always a copy: what was read may lie in the file itself.
+        value = source.read(name).to(device_of(name), old.dtype, copy=True)
+        _replace(model, name, nn.Parameter(value, requires_grad=old.requires_grad))
+    compute_buffers(model, device_of)
+
+
+def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def compute_buffers(model: nn.Module, device_of: Callable[[str], torch.device] = lambda _: _CPU) -> None:
+    """Compute what no checkpoint holds: rotary frequencies of a model that was on the meta device, in place.
+
+    Args:
+        model: its modules with such buffers can be built from their `config` alone, as the library's rotary ones can.
+        device_of: where the buffer of this name shall lie.
+    """
+    for name, module in model.named_modules():
+        computed = [leaf for leaf in module._non_persistent_buffers_set if _is_meta(module, leaf)]
+        if not computed:
+            continue
+        fresh = type(module)(config=module.config)
+        for leaf in computed:
+            buffer = fresh.get_buffer(leaf).to(device_of(f"{name}.{leaf}"))
+            module.register_buffer(leaf, buffer, persistent=False)
+
+
+def _is_meta(module: nn.Module, leaf: str) -> bool:
+    buffer = getattr(module, leaf)
+    return buffer is not None and buffer.is_meta
