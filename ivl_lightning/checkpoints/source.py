@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 _SHOWN_NAMES = 8
@@ -144,6 +145,38 @@ class Combined:
     def where(self, name: str) -> str:
         """See `TensorSource`."""
         return self._holder[name].where(name)
+
+
+class Cast:
+    """Tensors of another source in another type.
+
+    Args:
+        source: of the tensors.
+        dtype: of floating-point tensors; None leaves each as it is.
+    """
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
+        self._source = source
+        self._dtype = dtype
+
+    def names(self) -> list[str]:
+        """See `TensorSource`."""
+        return self._source.names()
+
+    def meta(self, name: str) -> Tensor:
+        """See `TensorSource`."""
+        return self._cast(self._source.meta(name))
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorSource`."""
+        return self._cast(self._source.read(name))
+
+    def where(self, name: str) -> str:
+        """See `TensorSource`."""
+        return self._source.where(name)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
 
 
 def listed(names: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +29,6 @@ def write_weights(
     source: TensorSource,
     folder: Path,
     *,
-    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -39,18 +37,17 @@ def write_weights(
     Args:
         source: of the tensors, under the names to be written.
         folder: exists.
-        dtype: floating-point tensors are cast to it; None keeps each as it is.
         shard_bytes: of a file at most, unless one tensor is larger.
         advance: told of bytes written.
 
     Raises:
         DiskError: no space, or the disk fails.
     """
-    sizes = {name: written_bytes(source.meta(name), dtype) for name in source.names()}
+    sizes = {name: source.meta(name).nbytes for name in source.names()}
     shards = _shards(sizes, shard_bytes)
     names = _file_names(len(shards))
     for file, shard in zip(names, shards, strict=True):
-        _save({name: _ready(source.read(name), dtype) for name in shard}, folder / file)
+        _save({name: source.read(name).contiguous() for name in shard}, folder / file)
         advance(sum(sizes[name] for name in shard))
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -59,15 +56,9 @@ def write_weights(
         (folder / f"{SAFETENSORS}{INDEX_SUFFIX}").write_text(text, encoding="utf-8")
 
 
-def written_bytes(meta: Tensor, dtype: torch.dtype | None) -> int:
-    """Bytes of a tensor once written."""
-    kind = dtype if dtype is not None and meta.is_floating_point() else meta.dtype
-    return meta.numel() * kind.itemsize
-
-
-def total_bytes(source: TensorSource, dtype: torch.dtype | None = None) -> int:
-    """Bytes of all tensors once written."""
-    return sum(written_bytes(source.meta(name), dtype) for name in source.names())
+def total_bytes(source: TensorSource) -> int:
+    """Bytes of all tensors."""
+    return sum(source.meta(name).nbytes for name in source.names())
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -86,11 +77,6 @@ def _file_names(count: int) -> list[str]:
     if count == 1:
         return [SAFETENSORS]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _ready(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-    return cast.contiguous()
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

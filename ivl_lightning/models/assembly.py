@@ -155,7 +155,7 @@ def assemble(
     kept: list[TensorSource] = [] if base is None else [_without(base.tensors, *replaced)]
     sources = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
     sources.append(_projector(projector, config, sources))
-    joint = Checkpoint(_place(base, vision), "hf", config, Combined(sources))
+    joint = Checkpoint(_place(base, vision), config, Combined(sources))
     joint = with_image_size(joint, image_size)
     _keep_record(joint.config, base, language, template)
     return joint

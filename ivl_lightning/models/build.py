@@ -25,13 +25,12 @@ from ivl_lightning.models.assembly import assemble, with_image_size
 
 # Imported for its registration: `attn_implementation="ivl_packed"` is known from here on.
 from ivl_lightning.models.attention import PACKED_ATTENTION
-from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from ivl_lightning.models.parts import set_image_size, text_config, tile_size, vision_tower
 from ivl_lightning.models.streaming import empty_model, fill
-from ivl_lightning.models.tokenizer import has_tokenizer, image_token_id, load_tokenizer
+from ivl_lightning.models.tokenizer import image_token_id
 
 VISION_ATTENTION = "sdpa"
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def build_config(config: ModelConfig) -> InternVLConfig:
@@ -193,26 +192,16 @@ def open_model(
     """
     base = None if path is None else open_checkpoint(path)
     if base is not None and vision is None and projector is None and language_model is None:
-        checkpoint = with_image_size(base, image_size)
-    else:
-        checkpoint = assemble(
-            base,
-            vision=vision,
-            projector=projector,
-            language_model=language_model,
-            image_size=image_size,
-            downsample_ratio=downsample_ratio,
-            template=template,
-        )
-    if checkpoint.layout == "original":
-        _set_image_token(checkpoint)
-    return checkpoint
-
-
-def _set_image_token(checkpoint: Checkpoint) -> None:
-    """The original's config.json does not say which id stands for image features; its tokenizer does."""
-    if has_tokenizer(checkpoint.folder):
-        checkpoint.config.image_token_id = image_token_id(load_tokenizer(checkpoint.folder))
+        return with_image_size(base, image_size)
+    return assemble(
+        base,
+        vision=vision,
+        projector=projector,
+        language_model=language_model,
+        image_size=image_size,
+        downsample_ratio=downsample_ratio,
+        template=template,
+    )
 
 
 def _set_generation(model: InternVLForConditionalGeneration, folder: Path) -> None:

@@ -10,16 +10,34 @@ from typing import Any, Literal, TypeAlias
 from huggingface_hub.errors import StrictDataclassError
 from transformers import InternVLConfig
 
+from ivl_lightning.checkpoints.adapters import Merged, adapter_base, adapter_scale, is_adapter, open_adapter
 from ivl_lightning.checkpoints.files import open_folder, read_json
 from ivl_lightning.checkpoints.key_map import KeyTable, key_table, native_name
-from ivl_lightning.checkpoints.source import CheckpointError, Renamed, TensorSource, renamed
+from ivl_lightning.checkpoints.source import CheckpointError, Combined, Renamed, TensorSource, renamed
 from ivl_lightning.checkpoints.views import AsNative
 from ivl_lightning.models.original_config import ORIGINAL_TYPE, from_original, native_language_class
 from ivl_lightning.models.parts import text_config
+from ivl_lightning.models.tokenizer import has_tokenizer, image_token_id, load_tokenizer
 
 Layout: TypeAlias = Literal["original", "hf"]
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+ORIGINAL_LORA_SCALE = 2.0
+"""alpha / rank of every adapter of the original: alpha is twice the rank."""
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What a folder of the original's layout says, as it says it.
+
+    Attributes:
+        values: its config.json.
+        tensors: under the original's names, adapters merged.
+    """
+
+    values: Mapping[str, Any]
+    tensors: TensorSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,30 +46,55 @@ class Checkpoint:
 
     Attributes:
         folder: it lies in.
-        layout: of its files.
         config: native; see `original_config.RECORD` for what the original said.
         tensors: under native names.
+        original: of a folder in the original's layout.
+        tokenizer: folder of its tokenizer's files, if there are some.
     """
 
     folder: Path
-    layout: Layout
     config: InternVLConfig
     tensors: TensorSource
+    original: Original | None = None
+    tokenizer: Path | None = None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a folder of either layout.
+    """Open a folder of either layout, or of an adapter in peft's format, which is merged into its base.
 
     Raises:
         CheckpointError: no configuration, one of another kind of model, or files that are missing or damaged.
     """
     folder = Path(path)
+    if is_adapter(folder):
+        return _open_adapted(folder)
     values = read_config_values(folder)
     config = config_of(values, folder)
-    if layout_of(values, folder) == "original":
-        return Checkpoint(folder, "original", config, AsNative(open_folder(folder), table_of(config)))
-    tensors = renamed(open_folder(folder), native_name)
-    return Checkpoint(folder, "hf", config, untied(tensors, values))
+    tokenizer = folder if has_tokenizer(folder) else None
+    if layout_of(values, folder) == "hf":
+        tensors = renamed(open_folder(folder), native_name)
+        return Checkpoint(folder, config, untied(tensors, values), tokenizer=tokenizer)
+    original = Original(values, _merged_original(open_folder(folder)))
+    _set_image_token(config, tokenizer)
+    return Checkpoint(folder, config, AsNative(original.tensors, table_of(config)), original, tokenizer)
+
+
+def _open_adapted(folder: Path) -> Checkpoint:
+    base = open_checkpoint(adapter_base(folder))
+    tensors = Merged(Combined([base.tensors, open_adapter(folder)]), adapter_scale(folder))
+    tokenizer = folder if has_tokenizer(folder) else base.tokenizer
+    return Checkpoint(folder, base.config, tensors, tokenizer=tokenizer)
+
+
+def _merged_original(files: TensorSource) -> TensorSource:
+    adapted = any(".lora_" in name for name in files.names())
+    return Merged(files, ORIGINAL_LORA_SCALE) if adapted else files
+
+
+def _set_image_token(config: InternVLConfig, tokenizer: Path | None) -> None:
+    """The original's config.json does not say which id stands for image features; its tokenizer does."""
+    if tokenizer is not None:
+        config.image_token_id = image_token_id(load_tokenizer(tokenizer))
 
 
 def read_config(path: str | Path) -> InternVLConfig:
@@ -61,6 +104,8 @@ def read_config(path: str | Path) -> InternVLConfig:
         CheckpointError: see `open_checkpoint`.
     """
     folder = Path(path)
+    if is_adapter(folder):
+        return read_config(adapter_base(folder))
     return config_of(read_config_values(folder), folder)
 
 

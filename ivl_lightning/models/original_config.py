@@ -86,6 +86,7 @@ _LANGUAGE_OWN: Final[Mapping[str, tuple[_Field, ...]]] = {
     ),
     "LlamaForCausalLM": (_same("attention_bias", False), _same("attention_dropout", 0.0), _same("head_dim")),
     "Phi3ForCausalLM": (
+        _same("rms_norm_eps", 1e-5),
         _same("attention_dropout", 0.0),
         _same("resid_pdrop", 0.0),
         _same("embd_pdrop", 0.0),

@@ -1,0 +1,256 @@
+"""A checkpoint -> a folder of either layout, complete and proven, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import GenerationConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+
+from ivl_lightning.checkpoints.key_map import hf_name
+from ivl_lightning.checkpoints.source import Cast, CheckpointError, TensorSource, renamed
+from ivl_lightning.checkpoints.views import AsOriginal, check_complete
+from ivl_lightning.checkpoints.writer import check_space, total_bytes, write_weights, written_aside
+from ivl_lightning.config.convert import Layout, WriteConfig
+from ivl_lightning.conversion.parity import ParityReport, compare
+from ivl_lightning.conversion.processor_files import write_processor_files
+from ivl_lightning.data.templates import get_template, stop_ids
+from ivl_lightning.inference.progress import PassProgress
+from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, table_of
+from ivl_lightning.models.original_config import is_transposed, record, to_original
+from ivl_lightning.models.streaming import empty_model
+from ivl_lightning.models.tokenizer import filler_id, load_tokenizer
+
+PARITY_NAME: Final = "parity.json"
+_MB: Final = 1_000_000
+_TOKENIZER_FILES: Final = (
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+)
+_SETTINGS: Final[dict[str, Any]] = {
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 12,
+    "use_thumbnail": True,
+    "dynamic_image_size": True,
+}
+"""Of the original's config.json, as its releases have them."""
+_DEFAULT_TEMPLATE: Final = "internvl2_5"
+
+
+class ParityError(ValueError):
+    """What was written is not what it was made from.
+
+    Attributes:
+        report: what was found.
+    """
+
+    def __init__(self, report: ParityReport, kept: Path) -> None:
+        super().__init__(f"nothing was written, because {'; '.join(report.faults)}. The whole report: {kept}")
+        self.report = report
+
+
+def write_checkpoint(checkpoint: Checkpoint, config: WriteConfig) -> ParityReport:
+    """Write a checkpoint in a layout, with all that its readers look for, and prove that it is the same.
+
+    Everything is written aside and takes the target's name when the comparison has passed.
+
+    Args:
+        checkpoint: what is written.
+        config: where to and how.
+
+    Returns:
+        The comparison, also `parity.json` in the target.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged, or the layout cannot express it.
+        ParityError: source and target differ.
+        DiskError: no space.
+        ValueError: the target exists, or the tokenizer does not fit the model.
+    """
+    target, dtype = Path(config.target), None if config.dtype is None else getattr(torch, config.dtype)
+    if target.resolve() == checkpoint.folder.resolve():
+        raise ValueError(f"target={target} is the folder that is read: give another one")
+    _check_whole(checkpoint)
+    tensors = Cast(_as_layout(checkpoint, config.layout), dtype)
+    size = total_bytes(tensors)
+    check_space(target, size)
+    with written_aside(target, overwrite=config.overwrite) as aside:
+        with PassProgress("writing", "MB", size // _MB, show=config.progress_bar) as bar:
+            write_weights(
+                tensors,
+                aside,
+                shard_bytes=int(config.shard_gb * 1e9),
+                advance=_megabytes(bar, config.target),
+            )
+        notes = write_companions(checkpoint, aside, config.layout, template=config.template, dtype=dtype)
+        with PassProgress("comparing", "MB", size // _MB, show=config.progress_bar) as bar:
+            report = compare(
+                checkpoint,
+                aside,
+                dtype=dtype,
+                bound=config.bound,
+                run_logits=config.logits,
+                memory=config.memory_gb * 1e9,
+                notes=notes,
+                advance=_megabytes(bar, config.target),
+            )
+        report = replace(report, target=str(target))
+        if report.faults:
+            kept = target.with_name(f"{target.name}.{PARITY_NAME}")
+            _write_json(kept, report.as_json())
+            raise ParityError(report, kept)
+        _write_json(aside / PARITY_NAME, report.as_json())
+    return report
+
+
+def _megabytes(bar: PassProgress, name: str) -> Any:
+    """Counts bytes on a bar of megabytes, without losing the parts of one."""
+    total = 0
+
+    def advance(count: int) -> None:
+        nonlocal total
+        before, total = total // _MB, total + count
+        bar.advance(name, total // _MB - before)
+
+    return advance
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    model = empty_model(
+        checkpoint.config, dtype=torch.float32, attention={"text_config": "sdpa", "vision_config": "sdpa"}
+    )
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    check_complete(checkpoint.tensors, shapes, str(checkpoint.folder / CONFIG_NAME))
+
+
+def _as_layout(checkpoint: Checkpoint, layout: Layout) -> TensorSource:
+    if layout == "original":
+        return AsOriginal(checkpoint.tensors, table_of(checkpoint.config))
+    if is_transposed(checkpoint.config):
+        raise CheckpointError(
+            f"{checkpoint.folder} is of ps_version v1 (InternVL 1.1, 1.2): its image tokens run down the columns of a "
+            "tile, which transformers' model cannot do and no change of weights can express. Use layout=original"
+        )
+    return renamed(checkpoint.tensors, hf_name)
+
+
+def write_companions(
+    checkpoint: Checkpoint, folder: Path, layout: Layout, *, template: str | None, dtype: torch.dtype | None
+) -> list[str]:
+    """Write all that lies beside the weights: configurations, tokenizer, image settings, chat template, code.
+
+    Args:
+        checkpoint: whose they are.
+        folder: to be written to.
+        layout: of the folder.
+        template: chat template where the checkpoint names none.
+        dtype: of the written weights; None where each tensor kept its own.
+
+    Returns:
+        What a reader should know, for the report.
+
+    Raises:
+        ValueError: the tokenizer does not fit the model, or the template is not known.
+    """
+    settings = {**_SETTINGS, **record(checkpoint.config)}
+    chosen = settings.get("template") or template or _DEFAULT_TEMPLATE
+    get_template(chosen)
+    if checkpoint.tokenizer is None:
+        tokenizer, notes = None, ["the source has no tokenizer, so the target has none"]
+    else:
+        tokenizer, notes = load_tokenizer(checkpoint.tokenizer), []
+    copied = layout == "original" and checkpoint.original is not None
+    stored = dtype or _stored_dtype(checkpoint.tensors)
+    _write_config(checkpoint, folder, layout, template=chosen, dtype=stored)
+    _write_generation_config(checkpoint, folder, tokenizer, chosen)
+    if copied:
+        _copy(checkpoint.folder, folder, _TOKENIZER_FILES)
+        return notes + _copy_code(checkpoint, folder)
+    if layout == "original":
+        notes.append("the layout's modeling code (*.py) is not written: copy it from a release of the same kind")
+    if tokenizer is not None:
+        write_processor_files(
+            folder,
+            tokenizer,
+            checkpoint.config,
+            template=chosen,
+            layout=layout,
+            min_tiles=settings["min_dynamic_patch"],
+            max_tiles=settings["max_dynamic_patch"],
+            use_thumbnail=settings["use_thumbnail"],
+            dynamic=settings["dynamic_image_size"],
+        )
+    return notes
+
+
+def _stored_dtype(tensors: TensorSource) -> torch.dtype:
+    """The type most of the numbers have."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in tensors.names():
+        meta = tensors.meta(name)
+        sizes[meta.dtype] = sizes.get(meta.dtype, 0) + meta.numel()
+    return max(sizes, key=lambda kind: sizes[kind])
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, layout: Layout, *, template: str, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    if layout == "original":
+        _write_json(folder / CONFIG_NAME, {**to_original(checkpoint.config, template=template), "torch_dtype": name})
+        return
+    config = checkpoint.config
+    config.architectures = [InternVLForConditionalGeneration.__name__]
+    values = {**config.to_dict(), "dtype": name}
+    for part in ("text_config", "vision_config"):
+        values[part] = {**values[part], "dtype": name}
+    values.pop("_name_or_path", None)
+    _write_json(folder / CONFIG_NAME, values)
+
+
+def _write_generation_config(
+    checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase | None, template: str
+) -> None:
+    """The source's settings; and an answer ends where the template ends it, which not every release says."""
+    given = checkpoint.folder / GENERATION_CONFIG_NAME
+    generation = GenerationConfig.from_pretrained(checkpoint.folder) if given.is_file() else GenerationConfig()
+    if tokenizer is not None:
+        own = generation.eos_token_id
+        known = own if isinstance(own, list) else [own]
+        generation.eos_token_id = sorted(
+            {*(token for token in known if token is not None), *stop_ids(tokenizer, template)}
+        )
+        generation.pad_token_id = filler_id(tokenizer)
+    # The library refuses to write settings of a sampling that is switched off, which some releases hold.
+    _write_json(folder / GENERATION_CONFIG_NAME, generation.to_diff_dict())
+
+
+def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _copy_code(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy modeling code byte for byte; it is never run."""
+    code = sorted(checkpoint.folder.glob("*.py"))
+    for file in code:
+        shutil.copyfile(file, folder / file.name)
+    if code:
+        return []
+    return [
+        "the source holds no modeling code (*.py), so the target holds none: copy it from a release of the same kind"
+    ]
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
