@@ -175,7 +175,7 @@ def _geometry(config: AuditConfig) -> Geometry:
     from ivl_lightning.constants import PATCH_SIZE
     from ivl_lightning.data.layout import tokens_per_tile
     from ivl_lightning.data.plan import DEFAULT_COST
-    from ivl_lightning.launch.network import cost_of, shapes_of
+    from ivl_lightning.launch.network import chosen_template, cost_of, shapes_of
     from ivl_lightning.models import parts
     from ivl_lightning.reporting.audit.audit import Geometry
 
@@ -193,7 +193,7 @@ def _geometry(config: AuditConfig) -> Geometry:
     return Geometry(
         tokenizer=_STAND_IN if source is None else source,
         exact=source is not None,
-        template=model.template,
+        template=chosen_template(model),
         tile_size=tile_size,
         patch_size=patch,
         tokens_per_tile=tokens_per_tile(tile_size, patch, ratio),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hydra
@@ -74,9 +75,10 @@ def run(config: PreferencesConfig) -> Summary:
     import torch
 
     from ivl_lightning.curation.build import build_pairs
-    from ivl_lightning.launch.network import tokenizer_of
+    from ivl_lightning.launch.network import tokenizer_of, with_template
     from ivl_lightning.models.build import build_model
 
+    config = replace(config, model=with_template(config.model))
     tokenizer = tokenizer_of(config.model)
     # Rows that the vocabulary grows by are random: they must be the same when the command goes on.
     torch.manual_seed(config.seed)

@@ -62,13 +62,13 @@ class ExportConfig(WriteConfig):
         run: folder of a run, or of one of its stages.
         stage: of the run; null takes the one that finished last.
         checkpoint: `weights` (written when a stage ends), or `newest` or the name of one in the stage's `checkpoints`.
-        lora: an adapter is `merged`, or written `beside` the base model's folder as an adapter of its own.
+        adapter: of a stage that trained with LoRA: `merged`, or written `beside` its base model, in a subfolder.
     """
 
     run: str
     stage: str | None = None
     checkpoint: str = "weights"
-    lora: Literal["merged", "beside"] = "merged"
+    adapter: Literal["merged", "beside"] = "merged"
 
 
 def check_write(config: WriteConfig) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Part = Literal["vision", "projector", "llm"]
+AdaptedPart = Literal["vision", "llm"]
+Quantization = Literal["nf4"]
 Rows = Literal["conversations", "pairs"]
 OverLength = Literal["reject", "truncate", "shrink"]
 ImageLabels = Literal["keep", "auto"]
@@ -20,7 +22,7 @@ Gray16 = Literal["clip", "scale"]
 Reduction = Literal["token", "sample", "square"]
 Normaliser = Literal["step", "micro_batch", "micro_batch_local"]
 PairNormaliser = Literal["step", "micro_batch"]
-Reference = Literal["cached", "online"]
+Reference = Literal["cached", "online", "adapter_off"]
 ShiftUpdate = Literal["micro_batch", "pair", "step"]
 Decay = Literal["matrices", "all"]
 Schedule = Literal["cosine", "constant"]
@@ -28,6 +30,10 @@ Schedule = Literal["cosine", "constant"]
 
 def _unset_by_part() -> dict[Part, float | None]:
     return {"vision": None, "projector": None, "llm": None}
+
+
+def _official_targets() -> dict[AdaptedPart, list[str] | None]:
+    return {"vision": None, "llm": None}
 
 
 class Strict:
@@ -42,10 +48,13 @@ class ModelConfig(Strict):
 
     Attributes:
         name: shown in tables; also the name of the recipe that goes with it.
-        path: folder that transformers wrote; null builds from the shapes below.
+        path: folder of a checkpoint, the original's layout or transformers'; null builds from the shapes below.
+        vision_path: takes the vision tower from this folder: an InternViT, or a whole checkpoint.
+        projector_path: takes the projector from this file (a released `mlp1`) or whole checkpoint.
+        language_model_path: takes the language model from this folder: one of its own, or a whole checkpoint.
         random_weights: allow a first stage that starts from neither `path` nor `init_from`.
         tokenizer: folder of tokenizer files; null takes those beside the weights.
-        template: chat template (`ivl_lightning.data.templates`).
+        template: chat template (`ivl_lightning.data.templates`); null takes the checkpoint's own, else `internvl2_5`.
         vision: fields of transformers' `InternVLVisionConfig`.
         language_model: `model_type` of any AutoModel language model, and fields of its configuration class.
         downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
@@ -57,9 +66,12 @@ class ModelConfig(Strict):
 
     name: str = "custom"
     path: str | None = None
+    vision_path: str | None = None
+    projector_path: str | None = None
+    language_model_path: str | None = None
     random_weights: bool = False
     tokenizer: str | None = None
-    template: str = "internvl2_5"
+    template: str | None = None
     vision: dict[str, Any] = field(default_factory=dict)
     language_model: dict[str, Any] = field(default_factory=dict)
     downsample_ratio: float = 0.5
@@ -77,7 +89,7 @@ class StageConfig(Strict):
         _target_: the LightningModule.
         name: the stage's name and its folder in the run.
         rows: what it learns from: conversations, or preference pairs.
-        trainable: parts that get gradients; null takes the class's own choice (the paper's).
+        trainable: parts that get gradients; null takes the class's own choice (the paper's), or with LoRA its parts.
         trainable_vision_layers: only the last n layers of the vision tower train; null trains all of a trainable tower.
         drop_path_rate: stochastic depth of the last vision layer, rising linearly from 0 at the first.
         generation_tokens: most tokens of a generated answer in validation.
@@ -227,7 +239,7 @@ class PreferenceConfig(Strict):
         normaliser: `step` takes means over the step's pairs, `micro_batch` (official) over those of each micro-batch;
             what is logged is the mean over the step.
         reference: `cached` log-probabilities of the reference model, computed once; `online` keeps it in memory and
-            runs it beside the policy.
+            runs it beside the policy; `adapter_off` runs the policy once more without its LoRA adapters.
         max_reward: a reward beyond it, either way, stops the run.
         chunk_rows: supervised tokens whose logits exist at one time.
     """
@@ -239,6 +251,28 @@ class PreferenceConfig(Strict):
     reference: Reference = "cached"
     max_reward: float = 100.0
     chunk_rows: int = 4096
+
+
+@dataclass(kw_only=True)
+class LoraSettings(Strict):
+    """LoRA: low-rank adapters train in place of the weights of a part. Settings of `lora=none` add none.
+
+    Attributes:
+        parts: parts that get adapters (`vision`, `llm`); their own weights are frozen. [] is no LoRA.
+        rank: of the adapters.
+        alpha: the adapters' product is scaled by alpha / rank; null is 2 * rank, as in the original.
+        dropout: on the adapters' input, in training.
+        targets: part -> names of the linear layers that get adapters, such as [q_proj, v_proj]; null takes the official
+            ones, or every linear layer of the blocks of a language model that has no official ones.
+        quantize: `nf4` keeps the frozen linear layers of the language model's blocks in 4 bits (QLoRA).
+    """
+
+    parts: list[AdaptedPart] = field(default_factory=list)
+    rank: int = 16
+    alpha: int | None = None
+    dropout: float = 0.05
+    targets: dict[AdaptedPart, list[str] | None] = field(default_factory=_official_targets)
+    quantize: Quantization | None = None
 
 
 @dataclass(kw_only=True)
@@ -361,6 +395,7 @@ class RunConfig(Strict):
         stage_data: stage name -> meta.json of that stage, or settings that replace those of `data`.
         loss: the loss head of supervised stages.
         preference: the loss of the preference stage.
+        lora: adapters that train in place of a part's weights.
         optim: optimizer and schedule.
         trainer: length, devices, precision.
         strategy: how ranks share the work.
@@ -379,6 +414,7 @@ class RunConfig(Strict):
     trainer: TrainerConfig
     strategy: StrategyConfig
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     stages: list[str | int | float] | None = None
     init_from: str | None = None
     stage_data: dict[str, str | dict[str, Any] | None] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ivl_lightning.config.check import ConfigError
+from ivl_lightning.config.lora import lora_faults
 from ivl_lightning.config.schema import RunConfig
 
 
@@ -13,6 +14,7 @@ def validate(config: RunConfig) -> None:
         ConfigError: lists every contradiction, with both values and what to do.
     """
     faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
+    faults += lora_faults(config)
     if config.stage.rows == "pairs":
         faults += _preference_faults(config)
     if faults:

@@ -127,7 +127,7 @@ def compare(
     written = open_checkpoint(target)
     differing = _differing(Cast(source.tensors, dtype), written.tensors, advance)
     notes = list(notes or [])
-    tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
+    tokenizer = None if source.tokenizer is None else source.tokenizer()
     other_ids, texts = _other_ids(tokenizer, written)
     ran: tuple[str, str] | None = None
     logits: list[LogitsParity] = []
@@ -181,10 +181,9 @@ def _other_ids(tokenizer: PreTrainedTokenizerBase | None, written: Checkpoint) -
 
 def _plain_tokenizer(written: Checkpoint) -> PreTrainedTokenizerBase:
     """The target's tokenizer as its users load it; that of the original's layout needs code, which is not run."""
-    assert written.tokenizer is not None
     if written.original is not None:
-        return load_tokenizer(written.tokenizer)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(written.tokenizer, local_files_only=True)
+        return load_tokenizer(written.folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(written.folder, local_files_only=True)
     return tokenizer
 
 

@@ -103,7 +103,7 @@ def _shared_entries(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict
     return {
         **_special_tokens(tokenizer),
         "clean_up_tokenization_spaces": False,
-        # Without `token_type_ids`, which fast tokenizers return by default and no language model here accepts.
+        # Without `token_type_ids`, which version 4 returns by default and no language model here accepts.
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": own_limit if own_limit < _NO_LIMIT else max_length,
         "split_special_tokens": False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +20,12 @@ from ivl_lightning.checkpoints.writer import check_space, total_bytes, write_wei
 from ivl_lightning.config.convert import Layout, WriteConfig
 from ivl_lightning.conversion.parity import ParityReport, compare
 from ivl_lightning.conversion.processor_files import write_processor_files
-from ivl_lightning.data.templates import get_template, stop_ids
+from ivl_lightning.data.templates import stop_ids, template_of
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, table_of
 from ivl_lightning.models.original_config import is_transposed, record, to_original
 from ivl_lightning.models.streaming import empty_model
-from ivl_lightning.models.tokenizer import filler_id, load_tokenizer
+from ivl_lightning.models.tokenizer import filler_id
 
 PARITY_NAME: Final = "parity.json"
 _MB: Final = 1_000_000
@@ -44,7 +46,6 @@ _SETTINGS: Final[dict[str, Any]] = {
     "dynamic_image_size": True,
 }
 """Of the original's config.json, as its releases have them."""
-_DEFAULT_TEMPLATE: Final = "internvl2_5"
 
 
 class ParityError(ValueError):
@@ -59,7 +60,9 @@ class ParityError(ValueError):
         self.report = report
 
 
-def write_checkpoint(checkpoint: Checkpoint, config: WriteConfig) -> ParityReport:
+def write_checkpoint(
+    checkpoint: Checkpoint, config: WriteConfig, *, also: Callable[[Path], None] = lambda _: None
+) -> ParityReport:
     """Write a checkpoint in a layout, with all that its readers look for, and prove that it is the same.
 
     Everything is written aside and takes the target's name when the comparison has passed.
@@ -67,6 +70,7 @@ def write_checkpoint(checkpoint: Checkpoint, config: WriteConfig) -> ParityRepor
     Args:
         checkpoint: what is written.
         config: where to and how.
+        also: writes further files into the folder, once the comparison has passed.
 
     Returns:
         The comparison, also `parity.json` in the target.
@@ -107,10 +111,29 @@ def write_checkpoint(checkpoint: Checkpoint, config: WriteConfig) -> ParityRepor
         report = replace(report, target=str(target))
         if report.faults:
             kept = target.with_name(f"{target.name}.{PARITY_NAME}")
-            _write_json(kept, report.as_json())
+            write_json(kept, report.as_json())
             raise ParityError(report, kept)
-        _write_json(aside / PARITY_NAME, report.as_json())
+        write_json(aside / PARITY_NAME, report.as_json())
+        also(aside)
     return report
+
+
+def write_trained(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what a stage has trained, as `write_checkpoint` does but without comparison; what was there is replaced.
+
+    A network of `ps_version` v1 keeps the original's layout, which alone can say so.
+
+    Args:
+        checkpoint: weights in memory.
+        folder: of the stage's weights.
+
+    Raises:
+        DiskError: no space.
+    """
+    layout: Layout = "original" if is_transposed(checkpoint.config) else "hf"
+    with written_aside(folder, overwrite=True) as aside:
+        write_weights(_as_layout(checkpoint, layout), aside)
+        write_companions(checkpoint, aside, layout, template=None, dtype=None)
 
 
 def _megabytes(bar: PassProgress, name: str) -> Any:
@@ -163,12 +186,11 @@ def write_companions(
         ValueError: the tokenizer does not fit the model, or the template is not known.
     """
     settings = {**_SETTINGS, **record(checkpoint.config)}
-    chosen = settings.get("template") or template or _DEFAULT_TEMPLATE
-    get_template(chosen)
+    chosen = template_of(None if record(checkpoint.config).get("template") else template, checkpoint.config)
     if checkpoint.tokenizer is None:
         tokenizer, notes = None, ["the source has no tokenizer, so the target has none"]
     else:
-        tokenizer, notes = load_tokenizer(checkpoint.tokenizer), []
+        tokenizer, notes = checkpoint.tokenizer(), []
     copied = layout == "original" and checkpoint.original is not None
     stored = dtype or _stored_dtype(checkpoint.tensors)
     _write_config(checkpoint, folder, layout, template=chosen, dtype=stored)
@@ -205,7 +227,7 @@ def _stored_dtype(tensors: TensorSource) -> torch.dtype:
 def _write_config(checkpoint: Checkpoint, folder: Path, layout: Layout, *, template: str, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     if layout == "original":
-        _write_json(folder / CONFIG_NAME, {**to_original(checkpoint.config, template=template), "torch_dtype": name})
+        write_json(folder / CONFIG_NAME, {**to_original(checkpoint.config, template=template), "torch_dtype": name})
         return
     config = checkpoint.config
     config.architectures = [InternVLForConditionalGeneration.__name__]
@@ -213,15 +235,14 @@ def _write_config(checkpoint: Checkpoint, folder: Path, layout: Layout, *, templ
     for part in ("text_config", "vision_config"):
         values[part] = {**values[part], "dtype": name}
     values.pop("_name_or_path", None)
-    _write_json(folder / CONFIG_NAME, values)
+    write_json(folder / CONFIG_NAME, values)
 
 
 def _write_generation_config(
     checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase | None, template: str
 ) -> None:
     """The source's settings; and an answer ends where the template ends it, which not every release says."""
-    given = checkpoint.folder / GENERATION_CONFIG_NAME
-    generation = GenerationConfig.from_pretrained(checkpoint.folder) if given.is_file() else GenerationConfig()
+    generation = copy.deepcopy(checkpoint.generation) or GenerationConfig()
     if tokenizer is not None:
         own = generation.eos_token_id
         known = own if isinstance(own, list) else [own]
@@ -230,7 +251,7 @@ def _write_generation_config(
         )
         generation.pad_token_id = filler_id(tokenizer)
     # The library refuses to write settings of a sampling that is switched off, which some releases hold.
-    _write_json(folder / GENERATION_CONFIG_NAME, generation.to_diff_dict())
+    write_json(folder / GENERATION_CONFIG_NAME, generation.to_diff_dict())
 
 
 def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> None:
@@ -251,6 +272,7 @@ def _copy_code(checkpoint: Checkpoint, folder: Path) -> list[str]:
     ]
 
 
-def _write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON in UTF-8, one entry a line; folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from ivl_lightning.data.encoding import encoder_factory
 from ivl_lightning.data.exclusion import check_exclusions
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
+from ivl_lightning.data.templates import template_of
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.parts import patch_size, tile_size
 
@@ -83,7 +84,7 @@ def _read(
     factory = encoder_factory(
         data,
         tokenizer,
-        template=config.model.template,
+        template=template_of(config.model.template, model.config),
         tile_tokens=tokens_per_tile(side, patch_size(shapes), shapes.downsample_ratio),
         training=True,
     )

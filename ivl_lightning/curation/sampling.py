@@ -14,10 +14,11 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.data.collate import pad_prompts
 from ivl_lightning.data.encoding import RowEncoder
-from ivl_lightning.data.templates import stop_ids
+from ivl_lightning.data.templates import stop_ids, template_of
+from ivl_lightning.inference.decoding import decode_inside
 from ivl_lightning.inference.generate import generate
 from ivl_lightning.models.parts import tile_size
-from ivl_lightning.models.tokenizer import filler_id, text_ids
+from ivl_lightning.models.tokenizer import filler_id
 from ivl_lightning.structures import PromptBatch, Record, RowError
 
 
@@ -55,7 +56,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.config = config
-        self.stop_ids = stop_ids(tokenizer, config.model.template)
+        self.stop_ids = stop_ids(tokenizer, template_of(config.model.template, model.config))
         self._pad_id = filler_id(tokenizer)
 
     def answer(
@@ -130,16 +131,6 @@ class Sampler:
     def _response(self, start: str, ids: list[int]) -> Response:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
         return Response((start + decode_inside(self.tokenizer, ids[:end])).strip(), finished=end is not None)
-
-
-def decode_inside(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Text of tokens that stand inside a text: some tokenizers swallow the blank before the first word of a text."""
-    colon = text_ids(tokenizer, ":")[0]
-    before, whole = (
-        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for part in (colon, [*colon, *ids])
-    )
-    return whole[len(before) :]
 
 
 @contextmanager

@@ -6,8 +6,9 @@ character. InternVL 2.5 ends a turn with a newline after the end marker, the old
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from transformers import InternVLConfig, PreTrainedTokenizerBase
 
+from ivl_lightning.models.original_config import DEFAULT_TEMPLATE, record
 from ivl_lightning.structures import Role
 
 _IDENTITY_2_5 = (
@@ -116,6 +117,27 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """
     marker = tokenizer.convert_tokens_to_ids(get_template(template).answer_end)
     return sorted({token for token in (marker, tokenizer.eos_token_id) if token is not None})
+
+
+def template_of(given: str | None, config: InternVLConfig | None) -> str:
+    """Name of the chat template to use: the one that is asked for, else the checkpoint's own, else `internvl2_5`.
+
+    Args:
+        given: `model.template`.
+        config: of the checkpoint, which knows what the original's config.json says; None where there is none.
+
+    Raises:
+        ValueError: the template is not known; says who names it.
+    """
+    own = None if config is None else record(config).get("template")
+    where, name = ("model.template", given) if given is not None else ("the checkpoint's config.json", own)
+    if name is None:
+        return DEFAULT_TEMPLATE
+    if name not in TEMPLATES:
+        raise ValueError(
+            f"{where} names the chat template {name!r}, which is not known: use one of {', '.join(TEMPLATES)}"
+        )
+    return str(name)
 
 
 def get_template(name: str) -> Template:

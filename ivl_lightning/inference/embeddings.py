@@ -33,15 +33,16 @@ def embed(
         ValueError: tiles and context tokens do not match; names the records.
     """
     embeds = internvl.get_input_embeddings()(input_ids)
-    slots = input_ids == internvl.config.image_token_id
+    # A spread network has its vision tower and its word embeddings where it has room.
+    slots = (input_ids == internvl.config.image_token_id).to(embeds.device)
     if len(tiles):
-        features = _features(internvl, tiles)
+        features = _features(internvl, tiles).to(embeds.device)
         _check_slots(int(slots.sum()), features, names)
         return embeds.masked_scatter(slots.unsqueeze(-1), features.to(embeds.dtype))
     if always_run_vision:
         side = tile_size(internvl.config)
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds.device)
-        return embeds + 0.0 * _features(internvl, blank).sum().to(embeds.dtype)
+        return embeds + 0.0 * _features(internvl, blank).sum().to(embeds)
     return embeds
 
 

@@ -23,7 +23,7 @@ def generate(
         internvl: the network; it is given its training attention back afterwards.
         prompts: B questions.
         always_run_vision: see `embed`; sharded ranks need it, of which one may have pictures and another none.
-        **options: of the library's `generate` (`max_new_tokens`, `do_sample`, `num_return_sequences`, ...).
+        **options: of the library's `generate` (`max_new_tokens`, `do_sample`, `num_return_sequences`, `streamer`, ...).
 
     Returns:
         New token ids `[B * num_return_sequences, at most max_new_tokens]`.
@@ -40,6 +40,6 @@ def generate(
         # The library types `generate` for other callers than its own classes.
         run = cast(Callable[..., Tensor], internvl.generate)
         settings = {"do_sample": False, "use_cache": True, **options}
-        return run(inputs_embeds=embeds, attention_mask=prompts.attention_mask, **settings)
+        return run(inputs_embeds=embeds, attention_mask=prompts.attention_mask.to(embeds.device), **settings)
     finally:
         language.set_attn_implementation(training_attention)

@@ -87,9 +87,11 @@ def weights_folder(source: str) -> Path:
 
 def _run_or_skip(name: str, config: RunConfig) -> Finished:
     # Imported late: composing and checking a chain must not wait for torch.
+    from ivl_lightning.launch.network import with_template
     from ivl_lightning.launch.run_stage import input_hash, read_config, write_config
     from ivl_lightning.launch.trainer import newest_checkpoint
 
+    config = replace(config, model=with_template(config.model, config.init_from))
     folder = stage_folder(config, name)
     finished = read_finished(folder)
     if finished is not None:

@@ -124,6 +124,9 @@ def _remedy(folder: Path) -> str:
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Settings by dotted key, without those that only say how a stage runs or that it does not read; JSON values."""
     others = _OF_SUPERVISED if config.stage.rows == "pairs" else _OF_PREFERENCE
+    if not config.lora.parts:
+        # Without adapters none of it is read.
+        others = (*others, "lora")
     plain = json.loads(json.dumps(asdict(config)))
     return {
         key: value

@@ -13,7 +13,7 @@ from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import Ledger, TooManyRejectsError
 from ivl_lightning.launch.chain import prepare, weights_folder
-from ivl_lightning.launch.network import tokenizer_of
+from ivl_lightning.launch.network import tokenizer_of, with_template
 from ivl_lightning.launch.run_stage import build_datamodule
 
 
@@ -41,6 +41,7 @@ def measure_stages(configs: Mapping[str, RunConfig]) -> bool:
             continue
         if prepared is not None:
             prepare(prepared, weights)
+        config = replace(config, model=with_template(config.model, config.init_from))
         datamodule = build_datamodule(config, tokenizer_of(config.model, config.init_from))
         train, validation = datamodule.read_corpora(progress=True, look_again=True)
         answers = datamodule.read_answers(progress=True, look_again=True)

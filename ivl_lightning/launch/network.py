@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hydra.utils import get_class
-from transformers import AutoConfig, InternVLConfig, PreTrainedTokenizerBase
+from transformers import InternVLConfig, PreTrainedTokenizerBase
 
+from ivl_lightning.config import lora as lora_rules
 from ivl_lightning.config.check import ConfigError
-from ivl_lightning.config.schema import ModelConfig, Part, StageConfig
+from ivl_lightning.config.schema import LoraSettings, ModelConfig, Part, StageConfig
+from ivl_lightning.data.templates import template_of
 from ivl_lightning.models.build import build_config
+from ivl_lightning.models.checkpoint import read_config
 from ivl_lightning.models.cost import training_cost
 from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
 
@@ -28,6 +32,22 @@ def tokenizer_of(model: ModelConfig, init_from: str | None = None) -> PreTrained
     return tokenizer
 
 
+def chosen_template(model: ModelConfig, init_from: str | None = None) -> str:
+    """The chat template: the one that is asked for, else the checkpoint's own, else `internvl2_5`.
+
+    Raises:
+        ValueError: it is not known, or the checkpoint's configuration cannot be read.
+    """
+    source = init_from or model.path
+    config = None if model.template is not None or source is None else read_config(source)
+    return template_of(model.template, config)
+
+
+def with_template(model: ModelConfig, init_from: str | None = None) -> ModelConfig:
+    """The settings with the chat template named, see `chosen_template`."""
+    return replace(model, template=chosen_template(model, init_from))
+
+
 def shapes_of(model: ModelConfig, init_from: str | None = None) -> InternVLConfig:
     """Shapes of the network, from the config or from the folder it is read from.
 
@@ -39,14 +59,20 @@ def shapes_of(model: ModelConfig, init_from: str | None = None) -> InternVLConfi
     source = init_from or model.path
     if source is None:
         raise ConfigError(f"model={model.name} has neither shapes nor a path: give model.path")
-    return AutoConfig.from_pretrained(source, local_files_only=True)
+    return read_config(source)
 
 
-def trained_parts(stage: StageConfig) -> Sequence[Part]:
-    """Parts that get gradients: the configured ones, or the stage's own choice."""
-    return stage.trainable or get_class(stage._target_).default_trainable  # type: ignore[attr-defined]  # of a stage class
+def trained_parts(stage: StageConfig, lora: LoraSettings) -> Sequence[Part]:
+    """Parts that get gradients: the configured ones, those with adapters, or the stage's own choice."""
+    default = get_class(stage._target_).default_trainable  # type: ignore[attr-defined]  # of a stage class
+    return lora_rules.trained_parts(stage.trainable, lora, default)
 
 
-def cost_of(model: ModelConfig, stage: StageConfig, shapes: InternVLConfig) -> tuple[float, float, float]:
+def cost_of(
+    model: ModelConfig, stage: StageConfig, shapes: InternVLConfig, lora: LoraSettings | None = None
+) -> tuple[float, float, float]:
     """Modeled work per token, per squared document length and per tile in a stage."""
-    return training_cost(shapes, trained_parts(stage), recompute=model.activation_checkpointing)
+    lora = lora or LoraSettings()
+    return training_cost(
+        shapes, trained_parts(stage, lora), adapted=lora.parts, recompute=model.activation_checkpointing
+    )

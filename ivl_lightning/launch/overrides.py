@@ -21,6 +21,7 @@ GROUPS = frozenset(
         "trainer",
         "strategy",
         "preference",
+        "lora",
         "callbacks",
         "logger",
         "recipe",

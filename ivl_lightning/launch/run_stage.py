@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,17 +17,22 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
-from ivl_lightning.checkpoints.weights import full_state_dict, save_weights
+from ivl_lightning.checkpoints.source import MemorySource
+from ivl_lightning.checkpoints.weights import full_state_dict
 from ivl_lightning.config.check import ConfigError, load
-from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.config.schema import ModelConfig, RunConfig
 from ivl_lightning.constants import WEIGHTS_FOLDER
+from ivl_lightning.conversion.write import write_trained
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
+from ivl_lightning.data.templates import template_of
+from ivl_lightning.launch.adapter import ADAPTER_FOLDER, save_adapter
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
-from ivl_lightning.models.build import build_model
+from ivl_lightning.models.build import build_model, has_weights, open_configured, weight_sources
+from ivl_lightning.models.checkpoint import Checkpoint
 from ivl_lightning.models.parts import patch_size, tile_size
 from ivl_lightning.stages.base import Stage
 
@@ -58,7 +64,19 @@ def run_stage(folder: Path) -> None:
         trainer.validate(stage, datamodule, verbose=False)
     state_dict = full_state_dict(stage.internvl)
     if trainer.is_global_zero:
-        save_weights(stage.internvl, state_dict, tokenizer, folder / WEIGHTS_FOLDER)
+        if config.lora.parts:
+            save_adapter(stage, state_dict, config.init_from or config.model.path, folder / ADAPTER_FOLDER)
+        tensors = MemorySource(stage.merged(state_dict), "the trained network")
+        write_trained(
+            Checkpoint(
+                folder,
+                stage.internvl.config,
+                tensors,
+                tokenizer=lambda: tokenizer,
+                generation=stage.internvl.generation_config,
+            ),
+            folder / WEIGHTS_FOLDER,
+        )
         _finish(config, folder, stage, trainer, losses, datamodule, time.monotonic() - start)
     trainer.strategy.barrier()
 
@@ -107,7 +125,7 @@ def _finish(
         settings=deciding_settings(config),
         input_weights=input_hash(config),
         output_weights=weights_hash(folder / WEIGHTS_FOLDER),
-        trained=list(stage.trainable),
+        trained=[f"{part} (LoRA)" if part in stage.lora.parts else part for part in stage.trainable],
         steps=trainer.global_step,
         loss_first=float("nan") if losses.first is None else losses.first,
         loss_last=losses.last,
@@ -131,8 +149,11 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 def input_hash(config: RunConfig) -> str:
     """Hash of the weights a stage starts from."""
-    source = config.init_from or config.model.path
-    return RANDOM_WEIGHTS if source is None else weights_hash(Path(source))
+    sources = weight_sources(initial_settings(config))
+    if not sources:
+        return RANDOM_WEIGHTS
+    hashes = [weights_hash(Path(source)) for source in sources]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def build_datamodule(
@@ -151,18 +172,28 @@ def build_datamodule(
     return kind(
         config.data,
         tokenizer,
-        template=config.model.template,
+        template=template_of(config.model.template, shapes),
         seed=config.seed,
         patch_size=patch_size(shapes),
         downsample_ratio=shapes.downsample_ratio,
-        cost=cost_of(config.model, config.stage, shapes),
+        cost=cost_of(config.model, config.stage, shapes, config.lora),
         look_again=look_again,
     )
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
-    """The LightningModule of a stage; it builds its network when Lightning asks for it."""
+    """The LightningModule of a stage; it builds its network when Lightning asks for it.
+
+    Raises:
+        ConfigError: random weights that are to be quantized.
+    """
     settings = config.stage
+    source = config.init_from or config.model.path or config.model.language_model_path
+    if config.lora.quantize is not None and source is None:
+        raise ConfigError(
+            f"lora.quantize={config.lora.quantize} with model.random_weights=true: the weights before they are "
+            "quantized are read once more in the end, so give model.path=FOLDER or init_from=RUN"
+        )
     stage_class = get_class(settings._target_)
     own = preference_options(config) if settings.rows == "pairs" else {"loss": instantiate(asdict(config.loss))}
     return stage_class(
@@ -175,6 +206,8 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
         activation_checkpointing=config.model.activation_checkpointing,
         generation_tokens=settings.generation_tokens,
         sharding=config.strategy,
+        lora=config.lora,
+        seed=config.seed,
     )
 
 
@@ -191,7 +224,7 @@ def preference_options(config: RunConfig) -> dict[str, Any]:
         "reference": settings.reference,
         "max_reward": settings.max_reward,
         "chunk_rows": settings.chunk_rows,
-        "weights_id": partial(input_hash, config) if config.init_from or config.model.path else None,
+        "weights_id": partial(input_hash, config) if has_weights(initial_settings(config)) else None,
     }
 
 
@@ -212,4 +245,17 @@ def _head(name: str, settings: dict[str, Any]) -> Any:
 
 def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
     """The network a stage starts from: the weights of `init_from`, or what `model` describes."""
-    return build_model(replace(config.model, path=config.init_from or config.model.path), tokenizer)
+    return build_model(initial_settings(config), tokenizer)
+
+
+def initial_settings(config: RunConfig) -> ModelConfig:
+    """The `model` settings a stage starts with: weights of an earlier run take the place of all others."""
+    if config.init_from is None:
+        return config.model
+    return replace(config.model, path=config.init_from, vision_path=None, projector_path=None, language_model_path=None)
+
+
+def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """The weights a stage starts from, opened; None for random ones."""
+    settings = initial_settings(config)
+    return open_configured(settings) if has_weights(settings) else None

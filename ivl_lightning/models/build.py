@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -25,7 +24,8 @@ from ivl_lightning.models.assembly import assemble, with_image_size
 
 # Imported for its registration: `attn_implementation="ivl_packed"` is known from here on.
 from ivl_lightning.models.attention import PACKED_ATTENTION
-from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
+from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from ivl_lightning.models.original_config import DEFAULT_TEMPLATE, keep_record
 from ivl_lightning.models.parts import set_image_size, text_config, tile_size, vision_tower
 from ivl_lightning.models.streaming import empty_model, fill
 from ivl_lightning.models.tokenizer import image_token_id
@@ -73,28 +73,42 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Inte
     """
     dtype = getattr(torch, config.dtype)
     if has_weights(config):
-        model = load_model(
-            config.path,
-            dtype=dtype,
-            attention=config.attention,
-            vision=config.vision_path,
-            projector=config.projector_path,
-            language_model=config.language_model_path,
-            image_size=_wanted_tile(config),
-            downsample_ratio=config.downsample_ratio,
-            template=config.template,
-        )
+        model = _filled(open_configured(config), dtype=dtype, attention=config.attention)
         check_shapes(model, config)
     else:
         model = _random_model(config, len(tokenizer), dtype)
     grow_vocabulary(model, len(tokenizer))
+    keep_record(model.config, config.template)
     model.config.image_token_id = model.model.config.image_token_id = image_token_id(tokenizer)
     return model
 
 
 def has_weights(config: ModelConfig) -> bool:
     """Whether the network is read from somewhere, and not made of random numbers."""
-    return any(path is not None for path in (config.path, config.vision_path, config.language_model_path))
+    return bool(weight_sources(config))
+
+
+def weight_sources(config: ModelConfig) -> list[str]:
+    """Folders and files that the network is read from."""
+    paths = (config.path, config.vision_path, config.projector_path, config.language_model_path)
+    return [path for path in paths if path is not None]
+
+
+def open_configured(config: ModelConfig) -> Checkpoint:
+    """The configured weights, opened.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    return open_model(
+        config.path,
+        vision=config.vision_path,
+        projector=config.projector_path,
+        language_model=config.language_model_path,
+        image_size=_wanted_tile(config),
+        downsample_ratio=config.downsample_ratio,
+        template=config.template or DEFAULT_TEMPLATE,
+    )
 
 
 def _wanted_tile(config: ModelConfig) -> int | None:
@@ -168,9 +182,20 @@ def load_model(
         downsample_ratio=downsample_ratio,
         template=template,
     )
+    return _filled(checkpoint, dtype=dtype, attention=attention, device_of=device_of)
+
+
+def _filled(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device_of: Callable[[str], torch.device] = lambda _: torch.device("cpu"),
+) -> InternVLForConditionalGeneration:
     model = empty_model(checkpoint.config, dtype=dtype, attention=_attention(attention))
     fill(model, checkpoint.tensors, described_by=str(checkpoint.folder / CONFIG_NAME), device_of=device_of)
-    _set_generation(model, checkpoint.folder)
+    if checkpoint.generation is not None:
+        model.generation_config = checkpoint.generation
     model.config._name_or_path = str(checkpoint.folder)
     return model.eval()
 
@@ -202,11 +227,6 @@ def open_model(
         downsample_ratio=downsample_ratio,
         template=template,
     )
-
-
-def _set_generation(model: InternVLForConditionalGeneration, folder: Path) -> None:
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def check_shapes(model: InternVLForConditionalGeneration, config: ModelConfig) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import InternVLConfig
+from transformers import GenerationConfig, InternVLConfig, PreTrainedTokenizerBase
 
 from ivl_lightning.checkpoints.adapters import Merged, adapter_base, adapter_scale, is_adapter, open_adapter
 from ivl_lightning.checkpoints.files import open_folder, read_json
@@ -49,14 +50,16 @@ class Checkpoint:
         config: native; see `original_config.RECORD` for what the original said.
         tensors: under native names.
         original: of a folder in the original's layout.
-        tokenizer: folder of its tokenizer's files, if there are some.
+        tokenizer: loads its tokenizer; None where there is none.
+        generation: its settings of generation, if it has some.
     """
 
     folder: Path
     config: InternVLConfig
     tensors: TensorSource
     original: Original | None = None
-    tokenizer: Path | None = None
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+    generation: GenerationConfig | None = None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -70,20 +73,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_adapted(folder)
     values = read_config_values(folder)
     config = config_of(values, folder)
-    tokenizer = folder if has_tokenizer(folder) else None
+    tokenizer, generation = _tokenizer_in(folder), _generation_in(folder)
     if layout_of(values, folder) == "hf":
         tensors = renamed(open_folder(folder), native_name)
-        return Checkpoint(folder, config, untied(tensors, values), tokenizer=tokenizer)
+        return Checkpoint(folder, config, untied(tensors, values), tokenizer=tokenizer, generation=generation)
     original = Original(values, _merged_original(open_folder(folder)))
-    _set_image_token(config, tokenizer)
-    return Checkpoint(folder, config, AsNative(original.tensors, table_of(config)), original, tokenizer)
+    if tokenizer is not None:
+        # Its config.json does not say which id stands for image features.
+        config.image_token_id = image_token_id(tokenizer())
+    return Checkpoint(folder, config, AsNative(original.tensors, table_of(config)), original, tokenizer, generation)
 
 
 def _open_adapted(folder: Path) -> Checkpoint:
     base = open_checkpoint(adapter_base(folder))
     tensors = Merged(Combined([base.tensors, open_adapter(folder)]), adapter_scale(folder))
-    tokenizer = folder if has_tokenizer(folder) else base.tokenizer
-    return Checkpoint(folder, base.config, tensors, tokenizer=tokenizer)
+    tokenizer = _tokenizer_in(folder) or base.tokenizer
+    return Checkpoint(folder, base.config, tensors, tokenizer=tokenizer, generation=base.generation)
 
 
 def _merged_original(files: TensorSource) -> TensorSource:
@@ -91,10 +96,15 @@ def _merged_original(files: TensorSource) -> TensorSource:
     return Merged(files, ORIGINAL_LORA_SCALE) if adapted else files
 
 
-def _set_image_token(config: InternVLConfig, tokenizer: Path | None) -> None:
-    """The original's config.json does not say which id stands for image features; its tokenizer does."""
-    if tokenizer is not None:
-        config.image_token_id = image_token_id(load_tokenizer(tokenizer))
+def _tokenizer_in(folder: Path) -> Callable[[], PreTrainedTokenizerBase] | None:
+    return partial(load_tokenizer, folder) if has_tokenizer(folder) else None
+
+
+def _generation_in(folder: Path) -> GenerationConfig | None:
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    generation: GenerationConfig = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return generation
 
 
 def read_config(path: str | Path) -> InternVLConfig:

@@ -10,22 +10,24 @@ from ivl_lightning.config.schema import Part
 
 
 def training_cost(
-    config: InternVLConfig, trainable: Collection[Part], *, recompute: bool = False
+    config: InternVLConfig, trainable: Collection[Part], *, adapted: Collection[Part] = (), recompute: bool = False
 ) -> tuple[float, float, float]:
     """`forward_cost` with the backward pass: what ranks that work side by side wait for.
 
     The gradient of what a part gives costs as much as its forward pass, that of its weights once more. A frozen vision
     tower needs neither; through a frozen language model the gradient still has to pass where something before it
-    trains.
+    trains. Through a part with adapters it has to pass as well, and those of the small matrices cost next to nothing.
 
     Args:
         config: shapes of the network.
         trainable: parts that train.
+        adapted: those of them that train through LoRA adapters.
         recompute: activation checkpointing repeats the forward pass of what has a backward pass.
     """
     token, square, tile = forward_cost(config)
-    language = 2 + ("llm" in trainable) + recompute
-    vision = 3 + recompute if "vision" in trainable else 1
+    full = set(trainable) - set(adapted)
+    language = 2 + ("llm" in full) + recompute
+    vision = 2 + ("vision" in full) + recompute if "vision" in trainable else 1
     return token * language, square * language, tile * vision
 
 

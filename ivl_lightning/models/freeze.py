@@ -89,4 +89,10 @@ def part_sizes(model: InternVLForConditionalGeneration) -> list[PartSize]:
 def _part_size(name: Part, modules: tuple[nn.Module, ...]) -> PartSize:
     parameters = [parameter for module in modules for parameter in module.parameters()]
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return PartSize(name, sum(parameter.numel() for parameter in parameters), trainable)
+    return PartSize(name, sum(_count(parameter) for parameter in parameters), trainable)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Weights that a parameter stands for: a byte of a 4-bit one holds two, and its state knows their shape."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
@@ -18,6 +19,10 @@ from ivl_lightning.config.lora import settings_faults
 from ivl_lightning.config.schema import AdaptedPart, LoraSettings
 from ivl_lightning.models.freeze import model_parts
 from ivl_lightning.models.parts import language_layers, text_config, vision_layers, vision_tower
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 
@@ -68,7 +73,7 @@ def add_lora(internvl: InternVLForConditionalGeneration, settings: LoraSettings,
     """
     freeze_adapted(internvl, settings)
     training = [parameter for parameter in internvl.parameters() if parameter.requires_grad]
-    config = LoraConfig(
+    config = _peft().LoraConfig(
         r=settings.rank,
         lora_alpha=_alpha(settings),
         lora_dropout=settings.dropout,
@@ -77,7 +82,7 @@ def add_lora(internvl: InternVLForConditionalGeneration, settings: LoraSettings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, internvl, ADAPTER)
+        _peft().inject_adapter_in_model(config, internvl, ADAPTER)
     for parameter in training:
         # The library lets nothing but adapters train.
         parameter.requires_grad_(True)
@@ -112,7 +117,15 @@ def _switch(layers: Sequence[LoraLayer], enabled: bool) -> None:
 
 
 def _layers(internvl: InternVLForConditionalGeneration) -> list[LoraLayer]:
-    return [module for module in internvl.modules() if isinstance(module, LoraLayer)]
+    kind = _peft().tuners.lora.LoraLayer
+    return [module for module in internvl.modules() if isinstance(module, kind)]
+
+
+def _peft() -> ModuleType:
+    """The library; imported late, because runs without adapters need not wait for it and for bitsandbytes behind it."""
+    # bitsandbytes tells everybody of kernels that could be downloaded.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return importlib.import_module("peft")
 
 
 def _alpha(settings: LoraSettings) -> int:

@@ -20,6 +20,7 @@ from ivl_lightning.models.parts import patch_size, set_image_size, text_config, 
 
 ORIGINAL_TYPE: Final = "internvl_chat"
 ORIGINAL_VISION_TYPE: Final = "intern_vit_6b"
+DEFAULT_TEMPLATE: Final = "internvl2_5"
 RECORD: Final = "internvl_chat"
 """Attribute of InternVLConfig that keeps the original's config.json, also for what has no place elsewhere."""
 
@@ -202,6 +203,19 @@ def native_language_class(config: InternVLConfig) -> str:
 def record(config: InternVLConfig) -> dict[str, Any]:
     """The original's own settings (`template`, `ps_version`, `max_dynamic_patch`, ...), as far as known."""
     return getattr(config, RECORD, None) or {}
+
+
+def keep_record(config: InternVLConfig, template: str | None) -> None:
+    """Make sure that a network knows its chat template, in place; one that the original has no class for cannot.
+
+    Args:
+        config: with or without a record.
+        template: it is trained with; None leaves what the record says.
+    """
+    if record(config):
+        setattr(config, RECORD, {**record(config), **({} if template is None else {"template": template})})
+    elif has_original_class(config):
+        setattr(config, RECORD, to_original(config, template=template or DEFAULT_TEMPLATE))
 
 
 def is_transposed(config: InternVLConfig) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -14,20 +16,28 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torchmetrics import MeanMetric
 from transformers import InternVLForConditionalGeneration
 
-from ivl_lightning.config.schema import OptimConfig, Part, StrategyConfig
+from ivl_lightning.checkpoints.lora import merged_state_dict
+from ivl_lightning.config.lora import trained_parts
+from ivl_lightning.config.schema import LoraSettings, OptimConfig, Part, StrategyConfig
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.inference.answers import decode_answers
 from ivl_lightning.metrics.exact_match import ExactMatch
 from ivl_lightning.models.build import enable_activation_checkpointing
 from ivl_lightning.models.drop_path import apply_drop_path
 from ivl_lightning.models.freeze import frozen_modules, model_parts, part_sizes, set_trainable
+from ivl_lightning.models.lora import add_lora, freeze_adapted, lora_scale
 from ivl_lightning.models.parts import vision_layers, vision_tower
+from ivl_lightning.models.quantize import four_bit_names, quantize_language_model, unquantized
 from ivl_lightning.models.shard import shard_model
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
+from ivl_lightning.stages.frozen_base import FrozenBase
 from ivl_lightning.stages.root import InternVLRoot
 from ivl_lightning.stages.tables import trainable_table
-from ivl_lightning.structures import Answer, PackedBatch, PreferenceBatch, PromptBatch
+from ivl_lightning.structures import Answer, PackedBatch, PlannedPack, PreferenceBatch, PromptBatch
+
+NETWORK_CONFIG = "internvl_config"
+"""Entry of a checkpoint: configuration of the network whose weights it holds."""
 
 ModelSource: TypeAlias = InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
 
@@ -38,12 +48,17 @@ class Stage(L.LightningModule):
     Args:
         model: the network, or a function that builds it; a function is called once the strategy is set up.
         optim: optimizer and schedule.
-        trainable: parts that train; the stage's own choice by default.
+        trainable: parts that train; by default those with adapters, or the stage's own choice.
         trainable_vision_layers: of a trainable tower only the last n layers.
         drop_path_rate: stochastic depth of the vision tower.
         activation_checkpointing: recompute each block in backward.
         generation_tokens: most tokens of an answer.
         sharding: dtype and resharding under FSDP.
+        lora: adapters that train in place of a part's weights.
+        seed: of the adapters' first values, and of dropout and drop path.
+
+    Raises:
+        ValueError: `trainable` leaves out a part with adapters; or a ready network that is to be quantized.
     """
 
     default_trainable: ClassVar[tuple[Part, ...]]
@@ -59,18 +74,29 @@ class Stage(L.LightningModule):
         activation_checkpointing: bool = False,
         generation_tokens: int = 32,
         sharding: StrategyConfig | None = None,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         # Behind a function, so that Lightning does not register a ready network a second time.
         self._source = (lambda: model) if isinstance(model, InternVLForConditionalGeneration) else model
         self.optim = optim or OptimConfig()
-        self.trainable: tuple[Part, ...] = tuple(trainable) if trainable else self.default_trainable
+        self._builds_anew = not isinstance(model, nn.Module)
+        self.lora = lora or LoraSettings()
+        if self.lora.quantize is not None and not self._builds_anew:
+            raise ValueError(
+                f"lora.quantize={self.lora.quantize} with a ready network: give a function that builds it, because the "
+                "merged weights are made of those it had before"
+            )
+        self.seed = seed
+        self.trainable = trained_parts(trainable, self.lora, self.default_trainable)
         self.trainable_vision_layers = trainable_vision_layers
         self.drop_path_rate = drop_path_rate
         self.activation_checkpointing = activation_checkpointing
         self.generation_tokens = generation_tokens
         self.sharding = sharding or StrategyConfig()
         self.root: InternVLRoot | None = None
+        self._frozen_base: FrozenBase | None = None
         self.val_loss = MeanMetric()
         self.val_scores = nn.ModuleList()
         self._score_names: list[str] = []
@@ -99,11 +125,46 @@ class Stage(L.LightningModule):
         model = self._source()
         apply_drop_path(vision_tower(model), self.drop_path_rate)
         set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
+        self._adapt(model)
         if self.activation_checkpointing:
             enable_activation_checkpointing(model)
         self.root = self._wrap(model)
+        if self._frozen_base is not None:
+            self._frozen_base.attach(self, "root.internvl")
         self._shard(self.root)
         self.train()
+
+    def _adapt(self, model: InternVLForConditionalGeneration) -> None:
+        """Freeze what gets adapters, quantize it if wanted, and add them; nothing without LoRA."""
+        if not self.lora.parts:
+            return
+        freeze_adapted(model, self.lora)
+        frozen = ((name, value) for name, value in model.named_parameters() if not value.requires_grad)
+        self._frozen_base = FrozenBase(frozen)
+        self._quantize(model)
+        add_lora(model, self.lora, seed=self.seed)
+
+    def _quantize(self, model: InternVLForConditionalGeneration) -> None:
+        """Put the language model's blocks into 4 bits, if wanted."""
+        if self.lora.quantize is not None:
+            attached = self._trainer is not None
+            quantize_language_model(model, self.trainer.strategy.root_device if attached else self.device)
+
+    def merged(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the plain network that the adapted one stands for; of 4-bit weights those they were made of.
+
+        Args:
+            state_dict: whole, of `internvl`; used up.
+
+        Raises:
+            ValueError: weights that were in 4 bits cannot be read again.
+        """
+        if self.lora.quantize is not None:
+            plain = self._source().state_dict()
+            assert self._frozen_base is not None
+            self._frozen_base.check_tensors({name: plain[name] for name in four_bit_names(state_dict).values()})
+            state_dict = unquantized(state_dict, plain)
+        return merged_state_dict(state_dict, lora_scale(self.lora)) if self.lora.parts else state_dict
 
     def _wrap(self, model: InternVLForConditionalGeneration) -> InternVLRoot:
         """The root module whose forward gives what this stage's loss needs."""
@@ -178,10 +239,25 @@ class Stage(L.LightningModule):
             counter.completed = finished * micro_steps - uncounted
 
     def on_train_batch_start(self, batch: PackedBatch | PreferenceBatch, batch_idx: int) -> None:
-        """Under FSDP gradients travel only with a step's last micro-batch."""
+        """Random numbers follow from the rows; under FSDP gradients travel only with a step's last micro-batch."""
+        planned = batch.planned
+        torch.manual_seed(_seed_of(self.seed, planned))
         if isinstance(self.root, FSDPModule):
-            planned = batch.planned
             self.root.set_requires_gradient_sync(planned.micro_step + 1 == planned.num_micro_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say of which network it is; with adapters, beside which frozen weights they were trained."""
+        checkpoint[NETWORK_CONFIG] = json.loads(self.internvl.config.to_json_string(use_diff=False))
+        if self._frozen_base is not None:
+            self._frozen_base.note(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adapters go on beside the frozen weights they were trained with.
+
+        Raises:
+            ValueError: the frozen weights at hand are others.
+        """
+        FrozenBase.check(checkpoint, self._frozen_base)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; then the position in the data moves with the weights.
@@ -296,3 +372,9 @@ class Stage(L.LightningModule):
 
 def _chosen(own: float | None, common: float) -> float:
     return common if own is None else own
+
+
+def _seed_of(seed: int, planned: PlannedPack) -> int:
+    """Of dropout and drop path in a micro-batch: the same for whoever continues a run, on any number of ranks."""
+    key = repr((seed, planned.epoch, planned.step, planned.pack.samples))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ivl_lightning.checkpoints.weights import memory_hash
+from ivl_lightning.config.lora import adapter_off_faults
 from ivl_lightning.config.schema import PairNormaliser, Reference
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
@@ -25,9 +26,10 @@ from ivl_lightning.losses.mpo import PreferenceMixture
 from ivl_lightning.losses.preference import SigmoidPreference
 from ivl_lightning.losses.quality import BCOPair
 from ivl_lightning.losses.rewards import implicit_rewards
+from ivl_lightning.models.lora import adapters_off
 from ivl_lightning.models.parts import text_config, vision_config
 from ivl_lightning.stages.base import ModelSource, Stage
-from ivl_lightning.stages.reference import score_missing
+from ivl_lightning.stages.reference import eval_mode, score_missing
 from ivl_lightning.stages.root import InternVLWithLogps
 from ivl_lightning.structures import Answer, PairScores, PlannedPack, PreferenceBatch, PromptBatch
 
@@ -44,7 +46,7 @@ class MixedPreference(Stage):
     """Trains on `PreferenceBatch`, validates on it (reward accuracy and margin) and on `PromptBatch` (exact match).
 
     The reference model is the network as it was built: its log-probabilities are computed in one pass before training
-    and kept on disk, or it stays in memory and runs beside the policy.
+    and kept on disk, or it stays in memory and runs beside the policy, or it is the policy without its adapters.
 
     Args:
         model: see `Stage`.
@@ -57,6 +59,9 @@ class MixedPreference(Stage):
         chunk_rows: supervised tokens whose logits exist at one time.
         weights_id: names the weights of the reference model for the cache; a hash of all of them by default.
         **options: see `Stage`.
+
+    Raises:
+        ValueError: `adapter_off` where more than adapters trains.
     """
 
     default_trainable = ("vision", "projector", "llm")
@@ -75,7 +80,8 @@ class MixedPreference(Stage):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self._builds_anew = not isinstance(model, nn.Module)
+        if reference == "adapter_off" and (faults := adapter_off_faults(self.trainable, self.lora)):
+            raise ValueError("\n".join(faults))
         self.mixture = mixture or published_mixture()
         self.beta = beta
         self.normaliser = normaliser
@@ -102,7 +108,7 @@ class MixedPreference(Stage):
         self._untouched = True
         if self.reference == "online":
             self._reference_root = (self._frozen(copy.deepcopy(model)),)
-        elif self._weights_id is None:
+        elif self.reference == "cached" and self._weights_id is None:
             found = memory_hash(model)
             self._weights_id = lambda: found
         return InternVLWithLogps(model, chunk_rows=self.chunk_rows, always_run_vision=self._always_run_vision())
@@ -136,7 +142,7 @@ class MixedPreference(Stage):
             ValueError: the reference weights cannot be had any more.
         """
         super().on_fit_start()
-        if self.reference == "online":
+        if self.reference != "cached":
             self._move_reference()
             return
         datamodule = self._pairs_of_trainer()
@@ -145,7 +151,8 @@ class MixedPreference(Stage):
             score_missing(self._initial_root(), datamodule, self.trainer)
 
     def _move_reference(self) -> None:
-        if self.device_mesh is None:
+        """A reference model in memory is no part of the stage, which Lightning moves."""
+        if self.reference == "online" and self.device_mesh is None:
             self._reference_root[0].to(self.device)
 
     def _initial_root(self) -> InternVLWithLogps:
@@ -157,7 +164,9 @@ class MixedPreference(Stage):
                 "reference log-probabilities are missing, but the model has been trained since: give the stage a "
                 "function that builds the model, or put the cache back"
             )
-        root = self._frozen(self._source())
+        model = self._source()
+        self._quantize(model)
+        root = self._frozen(model)
         return root if self.device_mesh is not None else root.to(self.device)
 
     def _reference_key(self) -> dict[str, Any]:
@@ -167,7 +176,10 @@ class MixedPreference(Stage):
         precision = str(self.trainer.precision)
         stored = str(self.internvl.dtype).removeprefix("torch.") if precision == "32-true" else precision
         own = self._weights_id() if self.trainer.is_global_zero else ""
+        # A key of its own only where it says something, so that caches of earlier runs stay good.
+        quantized = {} if self.lora.quantize is None else {"quantize": self.lora.quantize}
         return {
+            **quantized,
             "weights": self.trainer.strategy.broadcast(own),
             "config": _deciding_config(config),
             "device": self.device.type,
@@ -177,6 +189,7 @@ class MixedPreference(Stage):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """From here on the policy is not the reference model."""
+        super().on_load_checkpoint(checkpoint)
         self._untouched = False
 
     def _pairs_of_trainer(self) -> PreferenceDataModule:
@@ -202,13 +215,21 @@ class MixedPreference(Stage):
         return self.mixture.combine(terms, pairs=num_pairs, labels=labels).loss
 
     def _score(self, batch: PreferenceBatch) -> PairScores:
+        # The reference first: between a forward pass and its backward pass FSDP is best left alone.
+        reference = self._reference_logps(batch)
         policy = cast(InternVLWithLogps, self.root)(batch)
+        return PairScores(*policy.unbind(1), *reference.unbind(1), *batch.response_tokens.unbind(1))
+
+    def _reference_logps(self, batch: PreferenceBatch) -> Tensor:
+        """Log-probabilities of the responses under the reference model, `[D, 2]`."""
+        if self.reference == "cached":
+            return batch.reference_logps
         if self.reference == "online":
             with torch.no_grad():
-                reference = self._reference_root[0](batch)
-        else:
-            reference = batch.reference_logps
-        return PairScores(*policy.unbind(1), *reference.unbind(1), *batch.response_tokens.unbind(1))
+                return self._reference_root[0](batch)
+        root = cast(InternVLWithLogps, self.root)
+        with torch.no_grad(), eval_mode(root), adapters_off(root.internvl):
+            return root(batch)
 
     def _divisors(self, pairs: PairScores, planned: PlannedPack) -> tuple[float, float]:
         """What sums over pairs and over their labels are divided by.
@@ -238,6 +259,7 @@ class MixedPreference(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A step that is under way is made anew by whoever continues, and so is what it did to the shift."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"].update(self._settled)
 
     def _log_step(self, terms: dict[str, Tensor], pairs: PairScores, batch: PreferenceBatch) -> None:
@@ -319,8 +341,7 @@ class MixedPreference(Stage):
 
     def on_validation_start(self) -> None:
         """Without a fit before it, the reference model is still where it was built."""
-        if self.reference == "online":
-            self._move_reference()
+        self._move_reference()
 
     def on_validation_epoch_start(self) -> None:
         """Count anew."""

@@ -52,7 +52,7 @@ def score_missing(root: InternVLWithLogps, datamodule: PreferenceDataModule, tra
         work = datamodule.unscored()
         if not work:
             return 0
-        with _eval_mode(root):
+        with eval_mode(root):
             scored = sum(_score(root, *part, datamodule=datamodule, trainer=trainer) for part in work)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
@@ -165,7 +165,7 @@ def _acquire(lock: FileLock) -> str:
 
 
 @contextmanager
-def _eval_mode(root: nn.Module) -> Iterator[None]:
+def eval_mode(root: nn.Module) -> Iterator[None]:
     """No drop path: the reference model is a fixed function. Modes are given back as they were."""
     modes = {module: module.training for module in root.modules()}
     root.eval()
