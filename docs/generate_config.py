@@ -25,6 +25,7 @@ GROUPS: dict[str, type] = {
     "stage": schema.StageConfig,
     "loss": schema.LossConfig,
     "preference": schema.PreferenceConfig,
+    "lora": schema.LoraSettings,
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "strategy": schema.StrategyConfig,

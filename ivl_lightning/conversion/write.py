@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from transformers import GenerationConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ivl_lightning.checkpoints.key_map import hf_name
 from ivl_lightning.checkpoints.source import Cast, CheckpointError, TensorSource, renamed
@@ -24,6 +25,7 @@ from ivl_lightning.data.templates import stop_ids, template_of
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, table_of
 from ivl_lightning.models.original_config import is_transposed, record, to_original
+from ivl_lightning.models.parts import text_config
 from ivl_lightning.models.streaming import empty_model
 from ivl_lightning.models.tokenizer import filler_id
 
@@ -234,6 +236,8 @@ def _write_config(checkpoint: Checkpoint, folder: Path, layout: Layout, *, templ
     values = {**config.to_dict(), "dtype": name}
     for part in ("text_config", "vision_config"):
         values[part] = {**values[part], "dtype": name}
+    # vLLM and LMDeploy choose the language model by it.
+    values["text_config"]["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config(config).model_type]]
     values.pop("_name_or_path", None)
     write_json(folder / CONFIG_NAME, values)
 
