@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,18 +59,28 @@ def _main(composed: DictConfig) -> None:
 
 
 def as_text(argument: str) -> str:
-    """An argument `setting=value` with its value in quotes for Hydra, where it is a text and not a list of its own."""
+    """An argument `setting=value` with its value in quotes for Hydra, where it is a text; also each of a list.
+
+    What has quotes of its own is left to Hydra.
+    """
     key, given, value = argument.partition("=")
-    if key.lstrip("+") not in _TEXTS or not given or _is_hydras(key, value):
+    if key.lstrip("+") not in _TEXTS or not given or value == "null" or _is_quoted(value):
         return argument
-    # In quotes Hydra leaves all as it is, but references are looked for later on.
-    return f"{key}={literal(value.replace('${', chr(92) + '${'))}"
+    if key.endswith("image") and value[:1] + value[-1:] == "[]":
+        names = [name.strip() for name in value[1:-1].split(",")]
+        hydras = any(name[:1] in ("'", '"') for name in names)
+        return argument if hydras else f"{key}=[{','.join(map(_quoted, names))}]"
+    return f"{key}={_quoted(value)}"
 
 
-def _is_hydras(key: str, value: str) -> bool:
-    """Whether a value is written in Hydra's grammar already."""
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return value == "null" or quoted or (key.endswith("image") and value.startswith("["))
+def _quoted(text: str) -> str:
+    # In quotes Hydra leaves all as it is, but references are looked for later on, behind an even number of backslashes.
+    return literal(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+
+
+def _is_quoted(value: str) -> bool:
+    inside = value[1:-1].replace(f"\\{value[:1]}", "")
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in inside
 
 
 def read_config(composed: DictConfig) -> ChatConfig:
@@ -128,8 +139,12 @@ def check_media(config: ChatConfig) -> None:
 def _weights(path: str) -> str:
     from ivl_lightning.launch.chain import weights_folder
 
+    folder = Path(path).expanduser()
+    # An adapter names the model that it belongs to.
+    if (folder / "adapter_config.json").is_file():
+        return str(folder)
     try:
-        return str(weights_folder(str(Path(path).expanduser())))
+        return str(weights_folder(str(folder)))
     except ConfigError:
         raise ConfigError(
             f"model.path={path}: neither a folder of weights (with a config.json) nor a run with a finished stage"

@@ -111,6 +111,8 @@ def _media_faults(config: ChatConfig) -> Iterator[str]:
         )
     if not 1 <= config.frames <= MOST_FRAMES:
         yield f"frames={config.frames} must be at least 1 and at most {MOST_FRAMES}"
+    if "" in (*config.images, config.video):
+        yield "image and video need the name of a file: give one, or leave them out"
     if config.images and config.video is not None:
         yield f"image={config.image} and video={config.video}: a conversation has pictures or a video, give one of them"
 

@@ -14,24 +14,20 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 
 from ivl_lightning.config.chat import ChatConfig, ChatModel, check_chat
 from ivl_lightning.config.check import ConfigError
-from ivl_lightning.config.schema import ModelConfig
 from ivl_lightning.data.annotations import DatasetSpec
 from ivl_lightning.data.collate import pad_prompts
 from ivl_lightning.data.encoding import RowEncoder
 from ivl_lightning.data.layout import EncodingSettings, tokens_per_tile
-from ivl_lightning.data.templates import get_template, stop_ids
+from ivl_lightning.data.templates import get_template, stop_ids, template_of
 from ivl_lightning.inference.decoding import StreamDecoder
-from ivl_lightning.inference.devices import input_device, moved, place
-from ivl_lightning.inference.generate import GENERATION_ATTENTION
+from ivl_lightning.inference.devices import input_device, load_placed, moved
 from ivl_lightning.inference.history import History
 from ivl_lightning.inference.shown import Picture, ShownMedia
 from ivl_lightning.inference.streaming import stream_ids
-from ivl_lightning.models.build import build_model
+from ivl_lightning.models.checkpoint import open_checkpoint, read_config
 from ivl_lightning.models.parts import patch_size, text_config, tile_size
-from ivl_lightning.models.tokenizer import add_special_tokens, filler_id, load_tokenizer
+from ivl_lightning.models.tokenizer import add_special_tokens, filler_id, image_token_id, load_tokenizer
 from ivl_lightning.structures import PromptBatch, Turn
-
-DEFAULT_TEMPLATE = "internvl2_5"
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +40,7 @@ class Chat:
     whole conversation, so that all its pictures share `max_tiles`.
 
     Args:
-        model: on its device; it is put into evaluation mode.
+        model: on its device; it is put into evaluation mode, and told the tokenizer's id of image tokens.
         tokenizer: the model's, with the nine special tokens.
         config: tiles, frames, sampling, and the system turn; of `config.model` only the template is read.
 
@@ -53,7 +49,8 @@ class Chat:
         finished: whether the last answer ended by itself, not at `max_new_tokens` and not because nobody read on.
 
     Raises:
-        ConfigError: settings out of their range, or a system turn that the template has no place for.
+        ConfigError: settings out of their range, a system turn that the template has no place for, or a tokenizer of
+            another model.
         ValueError: the template is not known.
     """
 
@@ -67,8 +64,10 @@ class Chat:
         check_chat(self.config)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.template = template_of(self.config.model, model.config)
+        self.template = template_of(self.config.model.template, model.config)
         self.finished = True
+        _check_vocabulary(model.config, tokenizer)
+        model.config.image_token_id = model.model.config.image_token_id = image_token_id(tokenizer)
         self._stop_ids = stop_ids(tokenizer, self.template)
         self._pad_id = filler_id(tokenizer)
         self._media = ShownMedia(exif_transpose=self.config.exif_transpose)
@@ -107,14 +106,16 @@ class Chat:
         check_chat(config)
         if config.model.path is None:
             raise ConfigError("model.path is missing: give the folder of the model that answers")
-        if config.model.template is not None:
-            # Before minutes of loading.
-            _known(config.model.template, "model.template")
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        add_special_tokens(tokenizer)
-        named = ModelConfig(path=config.model.path, dtype=config.model.dtype, attention=GENERATION_ATTENTION)
-        model = build_model(named, tokenizer)
-        return cls(place(model, config.device, config.device_map), tokenizer, config)
+        # Before minutes of loading.
+        template_of(config.model.template, read_config(config.model.path))
+        tokenizer = _tokenizer(config)
+        model = load_placed(
+            config.model.path,
+            dtype=getattr(torch, config.model.dtype),
+            device=config.device,
+            device_map=config.device_map,
+        )
+        return cls(model, tokenizer, config)
 
     @property
     def device(self) -> torch.device:
@@ -266,28 +267,29 @@ class Chat:
             )
 
 
-def template_of(model: ChatModel, config: InternVLConfig) -> str:
-    """Name of the chat template: the one that is asked for, or the checkpoint's own, or `internvl2_5`.
+def _tokenizer(config: ChatConfig) -> PreTrainedTokenizerBase:
+    """The one that is asked for, or the checkpoint's."""
+    assert config.model.path is not None
+    if config.model.tokenizer is not None:
+        tokenizer = load_tokenizer(config.model.tokenizer)
+    else:
+        load = open_checkpoint(config.model.path).tokenizer
+        if load is None:
+            raise ConfigError(
+                f"model.path={config.model.path}: there are no tokenizer files: give model.tokenizer=FOLDER"
+            )
+        tokenizer = load()
+    add_special_tokens(tokenizer)
+    return tokenizer
 
-    Args:
-        model: the settings.
-        config: the checkpoint's configuration; `template`, or `internvl_chat["template"]` of the original layout.
 
-    Raises:
-        ValueError: the template is not known; says who names it.
-    """
-    if model.template is not None:
-        return _known(model.template, "model.template")
-    original = getattr(config, "internvl_chat", None) or {}
-    own = getattr(config, "template", None) or original.get("template")
-    return DEFAULT_TEMPLATE if own is None else _known(own, "the template that the checkpoint's config.json names")
-
-
-def _known(name: str, where: str) -> str:
-    try:
-        return get_template(name).name
-    except ValueError as error:
-        raise ConfigError(f"{where} is {name!r}: {error}") from None
+def _check_vocabulary(config: InternVLConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    known = text_config(config).vocab_size
+    if len(tokenizer) > known:
+        raise ConfigError(
+            f"the model knows {known} tokens and its tokenizer has {len(tokenizer)}, with those that mark images: they "
+            "do not belong together, or the model was never trained with images; give model.tokenizer=FOLDER"
+        )
 
 
 def _encoder(

@@ -47,7 +47,7 @@ def freeze_adapted(internvl: InternVLForConditionalGeneration, settings: LoraSet
     Raises:
         ValueError: settings that contradict each other, or a network that has adapters already.
     """
-    faults = settings_faults(settings)
+    faults = settings_faults(settings) or ([] if settings.parts else ["lora.parts=[] gives no part adapters"])
     if faults:
         raise ValueError("\n".join(faults))
     if _layers(internvl):

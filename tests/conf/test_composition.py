@@ -36,6 +36,7 @@ GROUP_SCHEMAS = {
     "data/default": schema.DataConfig,
     "loss/next_token": schema.LossConfig,
     "preference/mpo": schema.PreferenceConfig,
+    "lora/none": schema.LoraSettings,
     "optim/adamw": schema.OptimConfig,
     "trainer/default": schema.TrainerConfig,
     "strategy/single": schema.StrategyConfig,
@@ -73,7 +74,7 @@ def test_every_stage_of_every_recipe(name):
     ("group", "choice"),
     [
         (group, name)
-        for group in ("optim", "loss", "preference", "trainer", "strategy", "logger", "callbacks", "experiment")
+        for group in ("optim", "loss", "preference", "lora", "trainer", "strategy", "logger", "callbacks", "experiment")
         for name in names(group)
     ],
 )

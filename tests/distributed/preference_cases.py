@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,10 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def run_rank(meta: Path, out: Path, rank: int, world_size: int, port: int, cases: list[str]) -> None:
+Fit = Callable[[Path, Path, str, int], dict[str, Any]]
+
+
+def run_rank(meta: Path, out: Path, rank: int, world_size: int, port: int, cases: list[str], run: Fit = fit) -> None:
     """All cases on one rank, as torchrun would have started it."""
     if world_size > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -140,13 +144,13 @@ def run_rank(meta: Path, out: Path, rank: int, world_size: int, port: int, cases
         os.environ.update({name: str(value) for name, value in {**place, **elastic, **where}.items()})
     results = {}
     for case in cases:
-        results[case] = fit(meta, out, case, world_size)
+        results[case] = run(meta, out, case, world_size)
         # After each case: what failed does not take the others along.
         if rank == 0:
             torch.save(results, out / f"{world_size}.pt")
 
 
-def fork_group(meta: Path, out: Path, world_size: int, cases: list[str]) -> list[int]:
+def fork_group(meta: Path, out: Path, world_size: int, cases: list[str], run: Fit = fit) -> list[int]:
     """Start a group of ranks; returns their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -161,7 +165,7 @@ def fork_group(meta: Path, out: Path, world_size: int, cases: list[str]) -> list
         os.dup2(log, 1)
         os.dup2(log, 2)
         try:
-            run_rank(meta, out, rank, world_size, port, cases)
+            run_rank(meta, out, rank, world_size, port, cases, run)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()

@@ -16,12 +16,13 @@ from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.config.schema import DataConfig, ModelConfig
 from ivl_lightning.curation.build import build_pairs
-from ivl_lightning.curation.sampling import decode_inside, seeded
+from ivl_lightning.curation.sampling import seeded
 from ivl_lightning.data.annotations import read_meta
 from ivl_lightning.data.corpus import read_corpus
 from ivl_lightning.data.encoding import encoder_factory
 from ivl_lightning.data.ledger import TooManyRejectsError
 from ivl_lightning.data.pair_encoding import PairEncoder
+from ivl_lightning.inference.decoding import decode_inside
 from ivl_lightning.models.tokenizer import load_tokenizer, text_ids
 from tests import tiny
 from tests.commands import ROOT, environment
