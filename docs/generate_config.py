@@ -12,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ivl_lightning.config import schema
 from ivl_lightning.config.audit import AuditConfig
+from ivl_lightning.config.chat import ChatConfig, ChatModel
+from ivl_lightning.config.convert import ConvertConfig, ExportConfig
 from ivl_lightning.config.preferences import PreferencesConfig
 
 TARGET = Path(__file__).with_name("config.md")
@@ -32,6 +34,10 @@ GROUPS: dict[str, type] = {
     "recipe": schema.RecipeConfig,
     "ivl-audit": AuditConfig,
     "ivl-preferences": PreferencesConfig,
+    "ivl-convert": ConvertConfig,
+    "ivl-export": ExportConfig,
+    "ivl-chat": ChatConfig,
+    "ivl-chat model": ChatModel,
 }
 
 HEADER = """\
@@ -69,14 +75,22 @@ def _section(key: str, kind: type) -> Iterator[str]:
         if field.name not in sentences:
             raise ValueError(f"{kind.__name__}.{field.name} has no sentence under Attributes in its class's docstring")
         # A command of its own has its settings at the top.
-        name = f"{key}.{field.name}" if key and not key.startswith("ivl-") else field.name
+        group = key.partition(" ")[2] if key.startswith("ivl-") else key
+        name = f"{group}.{field.name}" if group else field.name
         cells = (f"`{name}`", type_name(hints[field.name]), _default(field), sentences[field.name])
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
 
 
 def attribute_sentences(kind: type) -> dict[str, str]:
-    """Field name -> its sentence, from the docstring's Attributes; `a, b: text` serves both."""
+    """Field name -> its sentence, from the docstring's Attributes and those of parents; `a, b: text` serves both."""
+    found: dict[str, str] = {}
+    for ancestor in reversed(kind.__mro__):
+        found |= _own_sentences(ancestor)
+    return found
+
+
+def _own_sentences(kind: type) -> dict[str, str]:
     _, _, block = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
     found: dict[str, str] = {}
     names: list[str] = []

@@ -22,7 +22,7 @@ _TEXTS = ("prompt", "system", "image", "video", "model.path", "model.tokenizer")
 
 
 def main() -> None:
-    """The command: exit code 0, or 2 with a message for a mistake of the user's."""
+    """The command: exit code 0, 2 with a message for a mistake of the user's, 130 where it was interrupted."""
     try:
         sys.argv[1:] = forced([as_text(argument) for argument in sys.argv[1:]])
         _main()
@@ -31,9 +31,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read the answer has seen enough; Python would complain once more when it closes the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="chat")
@@ -53,6 +50,9 @@ def _main(composed: DictConfig) -> None:
         run(config)
     except (ValueError, MachineError) as error:
         _stop(error)
+    except BrokenPipeError:
+        # Whoever read the answer has seen enough; Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OutOfMemoryError as error:
         hint = "lower max_tiles or frames, or use model.dtype=bfloat16 or device_map=auto"
         _stop(RuntimeError(f"{hint}: {error}"))

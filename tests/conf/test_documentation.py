@@ -13,6 +13,8 @@ import pytest
 
 from ivl_lightning.config import schema
 from ivl_lightning.config.audit import AuditConfig
+from ivl_lightning.config.chat import ChatConfig, ChatModel
+from ivl_lightning.config.convert import ConvertConfig, ExportConfig
 from ivl_lightning.config.check import unknown_key
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.data.exclusion import EXCLUDED
@@ -37,7 +39,8 @@ def load_generator() -> ModuleType:
 
 
 GENERATOR = load_generator()
-CLASSES = [*(kind for _, kind in inspect.getmembers(schema, dataclasses.is_dataclass)), AuditConfig, PreferencesConfig]
+COMMANDS = [AuditConfig, PreferencesConfig, ConvertConfig, ExportConfig, ChatConfig, ChatModel]
+CLASSES = [*(kind for _, kind in inspect.getmembers(schema, dataclasses.is_dataclass)), *COMMANDS]
 
 
 def test_the_settings_page_is_up_to_date() -> None:

@@ -85,7 +85,7 @@ def test_a_question_and_a_piped_conversation_in_processes_of_their_own(folder):
             "error: model.path=none: neither a folder of weights (with a config.json) nor",
         ),
         (["prompt=x"], "error: model.path is missing: give the folder"),
-        (["model.path=model", "promt=x"], "error: promt is not a setting. Did you mean prompt?"),
+        (["model.path=model", "prompts=x"], "error: prompts is not a setting. Did you mean prompt?"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(folder, arguments, message):
