@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ivl_lightning.checkpoints.files import load_tensors
@@ -48,12 +49,23 @@ def open_lightning(path: Path) -> tuple[TensorSource, dict[str, Any]]:
     )
 
 
+class _Reader(FileSystemReader):
+    """Torch's own, which would read the metadata of all tensors anew with each of them."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
 class _Shards:
     """Tensors that ranks have saved in pieces."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._reader = FileSystemReader(path)
+        self._reader = _Reader(path)
         entries = self._reader.read_metadata().state_dict_metadata
         self._entries = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -67,7 +79,10 @@ class _Shards:
     def read(self, name: str) -> Tensor:
         tensor = torch.empty_like(self.meta(name), device="cpu")
         try:
-            load({name: tensor}, storage_reader=self._reader, no_dist=True)
+            with warnings.catch_warnings():
+                # That no process group is there is what is meant.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self._path}: {name} cannot be read ({error}): take an earlier checkpoint"

@@ -75,7 +75,7 @@ def weights_folder(source: str) -> Path:
         ConfigError: there are none.
     """
     folder = Path(source)
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder
     if (folder / WEIGHTS_FOLDER / "config.json").is_file():
         return folder / WEIGHTS_FOLDER

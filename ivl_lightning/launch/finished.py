@@ -143,18 +143,32 @@ def _dotted(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def weights_hash(folder: Path) -> str:
-    """Hash of the safetensors files of a folder, names and contents.
+def weights_hash(place: Path) -> str:
+    """Hash of the weight files of a folder, names and contents; of an adapter those of its base too.
+
+    Args:
+        place: the folder, or a single file of weights.
 
     Raises:
         ConfigError: the folder holds none.
+        CheckpointError: the base of an adapter cannot be found.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder} holds no safetensors: it is not a folder of weights")
     digest = hashlib.sha256()
-    for file in files:
+    for file in _weight_files(place):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _weight_files(place: Path) -> list[Path]:
+    # Imported late: what decides whether a stage is finished must not wait for torch.
+    from ivl_lightning.checkpoints.adapters import adapter_base, is_adapter
+
+    if place.is_file():
+        return [place]
+    # As `open_folder` chooses them.
+    files = sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+    if not files:
+        raise ConfigError(f"{place} holds no weights: looked for *.safetensors and *.bin")
+    return [*files, *_weight_files(adapter_base(place))] if is_adapter(place) else files

@@ -13,7 +13,7 @@ from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import LoraSettings, ModelConfig, Part, StageConfig
 from ivl_lightning.data.templates import template_of
 from ivl_lightning.models.build import build_config
-from ivl_lightning.models.checkpoint import read_config
+from ivl_lightning.models.checkpoint import read_config, tokenizer_folder
 from ivl_lightning.models.cost import training_cost
 from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
 
@@ -27,7 +27,7 @@ def tokenizer_of(model: ModelConfig, init_from: str | None = None) -> PreTrained
     source = model.tokenizer or init_from or model.path
     if source is None:
         raise ConfigError("model.tokenizer is missing: give a folder of tokenizer files, or model.path or init_from")
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(tokenizer_folder(source))
     add_special_tokens(tokenizer)
     return tokenizer
 

@@ -96,6 +96,16 @@ def _merged_original(files: TensorSource) -> TensorSource:
     return Merged(files, ORIGINAL_LORA_SCALE) if adapted else files
 
 
+def tokenizer_folder(path: str | Path) -> Path:
+    """Where a checkpoint's tokenizer lies: beside the weights, or of an adapter without one beside those of its base.
+
+    Raises:
+        CheckpointError: the base of an adapter cannot be found.
+    """
+    folder = Path(path)
+    return adapter_base(folder) if is_adapter(folder) and not has_tokenizer(folder) else folder
+
+
 def _tokenizer_in(folder: Path) -> Callable[[], PreTrainedTokenizerBase] | None:
     return partial(load_tokenizer, folder) if has_tokenizer(folder) else None
 

@@ -97,9 +97,15 @@ def outputs(model: InternVLForConditionalGeneration, golden: originals.Golden) -
 # -- all parts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["", "mlp1."])
-@pytest.mark.parametrize("name", originals.GOLDEN)
+@pytest.mark.parametrize(
+    ("name", "prefix", "suffix"),
+    [
+        ("qwen2_vit300m", "", ".pth"),
+        ("qwen2_vit300m", "mlp1.", ".bin"),
+        ("internlm2_vit300m", "mlp1.", ".pth"),
+        ("internlm2_vit300m", "", ".safetensors"),
+    ],
+)
 def test_released_parts_make_the_whole(name, prefix, suffix, tmp_path: Path):
     """The parts of a golden checkpoint, each by itself, give what the whole one gave."""
     golden = originals.golden(name)
@@ -299,8 +305,9 @@ def by_hand(positions: Tensor, old: int, new: int) -> Tensor:
     return torch.cat([positions[:, :1], patches], dim=1)
 
 
-@pytest.mark.parametrize("size", [28, 56, 84, 112])
-@pytest.mark.parametrize("origin", ["whole", "parts"])
+@pytest.mark.parametrize(
+    ("origin", "size"), [("whole", 28), ("whole", 56), ("whole", 84), ("whole", 112), ("parts", 112)]
+)
 def test_positions_of_another_tile(origin, size, tmp_path: Path):
     """From 4 by 4 patches to 2, 4, 6 or 8 a side; all else stays; the config and its record say the new size."""
     vision = None if origin == "whole" else bare_tower(tmp_path / "vit", "qwen2_vit300m")
@@ -336,14 +343,14 @@ def test_a_resized_tower_computes_what_the_original_does(tmp_path: Path):
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_resizing_keeps_constants_type_and_class_token(old, new, dtype):
-    """Interpolation weights sum to 1, so a constant stays; at the same size everything does."""
+    """Interpolation weights sum to 1 up to rounding, so a constant stays; at the same size everything does."""
     positions = torch.full((1, 1 + old * old, 3), 2.5, dtype=dtype)
     positions[:, 0] = 7.0
     resized = resize_positions(positions, new)
     assert resized.dtype == dtype
     assert resized.shape == (1, 1 + new * new, 3)
     assert torch.equal(resized[:, :1], positions[:, :1])
-    assert difference(resized[:, 1:].float(), torch.tensor(2.5).expand(1, new * new, 3)) <= 1e-6
+    assert difference(resized[:, 1:].float(), torch.tensor(2.5).expand(1, new * new, 3)) <= 1e-5
     random = torch.randn((1, 1 + old * old, 3), generator=torch.Generator().manual_seed(old)).to(dtype)
     assert torch.equal(resize_positions(random, old), random)
 
