@@ -90,6 +90,9 @@ def adapter_scale(folder: Path) -> float:
     """
     config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
     strange = [key for key in _UNSUPPORTED if config.get(key)]
+    # Other starts change the base too: merging A and B into the base that lies on disk would not be what was trained.
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
+        strange.append(f"init_lora_weights={config['init_lora_weights']}")
     if config.get("peft_type") != "LORA" or strange:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: only plain LoRA can be merged here, this is {config.get('peft_type')} with "

@@ -14,6 +14,11 @@ _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Buffers that old releases stored although they follow from the configuration."""
 
 
+def is_computed(name: str) -> bool:
+    """Whether a stored tensor is one of those."""
+    return _COMPUTED.fullmatch(name) is not None
+
+
 class AsNative:
     """Tensors of the original layout under native names.
 
@@ -31,7 +36,7 @@ class AsNative:
     def __init__(self, source: TensorSource, table: KeyTable) -> None:
         self._source = source
         self._parts: dict[str, tuple[str, int, Split]] = {}
-        self.left_out = [name for name in source.names() if _COMPUTED.fullmatch(name)]
+        self.left_out = [name for name in source.names() if is_computed(name)]
         surplus = []
         for name in source.names():
             found = table.to_native(name)

@@ -47,7 +47,7 @@ def write_weights(
     shards = _shards(sizes, shard_bytes)
     names = _file_names(len(shards))
     for file, shard in zip(names, shards, strict=True):
-        _save({name: source.read(name).contiguous() for name in shard}, folder / file)
+        _save(_unshared({name: source.read(name).contiguous() for name in shard}), folder / file)
         advance(sum(sizes[name] for name in shard))
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -77,6 +77,16 @@ def _file_names(count: int) -> list[str]:
     if count == 1:
         return [SAFETENSORS]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The format wants bytes of its own for each name: a head that is the embeddings is written twice."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ivl_lightning.checkpoints.source import TensorSource
 from ivl_lightning.models.parts import language_layers, vision_layers, vision_tower
-from ivl_lightning.models.streaming import compute_buffers, empty_model
+from ivl_lightning.models.streaming import empty_model
 
 _ATTENTION = {"text_config": "sdpa", "vision_config": "sdpa"}
 
@@ -32,7 +32,12 @@ class NativeOutputs:
 
 
 def streamed_forward(
-    source: TensorSource, config: InternVLConfig, input_ids: Tensor, pixel_values: Tensor | None
+    source: TensorSource,
+    config: InternVLConfig,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    *,
+    image_token_id: int | None = None,
 ) -> NativeOutputs:
     """Run a checkpoint of any size.
 
@@ -41,30 +46,37 @@ def streamed_forward(
         config: its shapes.
         input_ids: `[L]`, one document.
         pixel_values: normalized tiles `[N, 3, S, S]`, or None for text alone.
+        image_token_id: see `forward`.
 
     Raises:
         CheckpointError: a tensor cannot be read.
     """
     model = empty_model(config, dtype=torch.float32, attention=_ATTENTION).eval()
-    compute_buffers(model)
     with torch.no_grad(), _read_where_used(model, source):
-        return forward(model, input_ids, pixel_values)
+        return forward(model, input_ids, pixel_values, image_token_id=image_token_id)
 
 
-def forward(model: InternVLForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor | None) -> NativeOutputs:
+def forward(
+    model: InternVLForConditionalGeneration,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    *,
+    image_token_id: int | None = None,
+) -> NativeOutputs:
     """One document through a model, part by part, as its own forward does.
 
     Args:
         model: in evaluation mode, float32.
         input_ids: `[L]`.
         pixel_values: `[N, 3, S, S]`, or None.
+        image_token_id: of the tokens whose embeddings the features replace; None takes the configuration's.
     """
     embeddings = model.get_input_embeddings()(input_ids[None])
     features = None
     if pixel_values is not None:
         features = model.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        slots = (input_ids[None] == model.config.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(slots, features)
+        slot = model.config.image_token_id if image_token_id is None else image_token_id
+        embeddings = embeddings.masked_scatter((input_ids[None] == slot).unsqueeze(-1), features)
     hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     return NativeOutputs(features, model.lm_head(hidden)[0])
 

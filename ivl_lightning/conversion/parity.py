@@ -43,10 +43,15 @@ class LogitsParity:
     image_features: float | None
 
     @property
+    def relative_logits(self) -> float:
+        """The logits' difference in units of their spread."""
+        return _relative(self.logits, self.spread)
+
+    @property
     def relative(self) -> float:
         """What is held against the bound: the larger difference, in units of the spread."""
         # Not a number compares with nothing: `max` could lose it.
-        values = torch.tensor([self.logits / self.spread, self.image_features or 0.0])
+        values = torch.tensor([self.relative_logits, self.image_features or 0.0])
         return float("inf") if values.isnan().any() else float(values.max())
 
 
@@ -207,7 +212,7 @@ def _logits_parity(probe: Probe, here: NativeOutputs, there: NativeOutputs) -> L
     features = None
     if here.image_features is not None:
         assert there.image_features is not None
-        features = _largest(here.image_features, there.image_features) / float(here.image_features.std())
+        features = _relative(_largest(here.image_features, there.image_features), float(here.image_features.std()))
     return LogitsParity(
         probe=probe.name,
         tokens=len(probe.input_ids),
@@ -215,6 +220,13 @@ def _logits_parity(probe: Probe, here: NativeOutputs, there: NativeOutputs) -> L
         spread=float(here.logits.std()),
         image_features=features,
     )
+
+
+def _relative(difference: float, spread: float) -> float:
+    """A difference in units of the spread; outputs that are all alike must be equal."""
+    if spread == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / spread
 
 
 def _largest(here: Tensor, there: Tensor) -> float:
@@ -226,18 +238,23 @@ def _runner(checkpoint: Checkpoint, dtype: torch.dtype | None, *, memory: float)
     original = checkpoint.original
     if original is not None:
         values: Mapping[str, Any] = {**original.values, "use_llm_lora": 0, "use_backbone_lora": 0}
-        token = checkpoint.config.image_token_id
         read = _reading(Cast(original.tensors, dtype))
 
         def run_reference(probe: Probe) -> NativeOutputs:
-            outputs = official_forward(read, values, probe.input_ids, probe.pixel_values, image_token_id=token)
+            ids, token = probe.input_ids, probe.image_token_id
+            outputs = official_forward(read, values, ids, probe.pixel_values, image_token_id=token)
             return NativeOutputs(outputs.image_features, outputs.logits)
 
         return REFERENCE, run_reference
     if total_bytes(Cast(checkpoint.tensors, torch.float32)) < memory:
         return LIBRARY, _library_runner(checkpoint.folder)
     tensors = Cast(checkpoint.tensors, dtype)
-    return STREAMED, lambda probe: streamed_forward(tensors, checkpoint.config, probe.input_ids, probe.pixel_values)
+
+    def run_streamed(probe: Probe) -> NativeOutputs:
+        ids, token = probe.input_ids, probe.image_token_id
+        return streamed_forward(tensors, checkpoint.config, ids, probe.pixel_values, image_token_id=token)
+
+    return STREAMED, run_streamed
 
 
 def _library_runner(folder: Path) -> Run:
@@ -247,7 +264,7 @@ def _library_runner(folder: Path) -> Run:
 
     def run(probe: Probe) -> NativeOutputs:
         with torch.no_grad():
-            return forward(model, probe.input_ids, probe.pixel_values)
+            return forward(model, probe.input_ids, probe.pixel_values, image_token_id=probe.image_token_id)
 
     return run
 

@@ -33,11 +33,13 @@ class Probe:
         name: shown in the report.
         input_ids: `[L]`.
         pixel_values: normalized tiles `[N, 3, S, S]`, or None.
+        image_token_id: of the tokens whose embeddings the tiles' features replace.
     """
 
     name: str
     input_ids: Tensor
     pixel_values: Tensor | None
+    image_token_id: int
 
 
 def probes(config: InternVLConfig, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Probe, Probe]:
@@ -52,22 +54,25 @@ def probes(config: InternVLConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     generator = torch.Generator().manual_seed(_SEED)
     side = tile_size(config)
     tile = torch.randint(0, 256, (1, 3, side, side), generator=generator, dtype=torch.uint8)
-    words = _words(config, tokenizer, generator)
-    image = torch.tensor([config.image_token_id] * config.image_seq_length)
+    rows = config.text_config.vocab_size
+    # Without a tokenizer no id may have been chosen yet, and any will do.
+    slot = config.image_token_id if config.image_token_id < rows else rows - 1
+    words = _words(tokenizer, rows, generator)
+    words = words[words != slot]
+    image = torch.tensor([slot] * config.image_seq_length)
     if tokenizer is not None:
         start, end = (torch.tensor(text_ids(tokenizer, token)[0]) for token in (IMAGE_START_TOKEN, IMAGE_END_TOKEN))
         image = torch.cat([start, image, end])
     return (
-        Probe("image", torch.cat([image, words]), normalize_tiles(tile, dtype=torch.float32)),
-        Probe("text", words, None),
+        Probe("image", torch.cat([image, words]), normalize_tiles(tile, dtype=torch.float32), slot),
+        Probe("text", words, None, slot),
     )
 
 
-def _words(config: InternVLConfig, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator) -> Tensor:
+def _words(tokenizer: PreTrainedTokenizerBase | None, rows: int, generator: torch.Generator) -> Tensor:
     if tokenizer is not None:
         return torch.tensor(text_ids(tokenizer, _QUESTION)[0])
-    drawn = torch.randint(0, config.text_config.vocab_size, (24,), generator=generator)
-    return drawn[drawn != config.image_token_id]
+    return torch.randint(0, rows, (24,), generator=generator)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -35,7 +35,7 @@ def _rows(report: ParityReport) -> list[tuple[str, str, str, bool]]:
     rows = [(f"{report.tensors:,} tensors, bit for bit", f"{len(report.differing)} differ", "0", not report.differing)]
     for entry in report.logits:
         limit = f"{report.bound:.0e}"
-        logits = entry.logits / entry.spread
+        logits = entry.relative_logits
         rows.append((f"logits, {entry.probe} ({entry.tokens} tokens)", f"{logits:.1e}", limit, logits <= report.bound))
         if entry.image_features is not None:
             passed = entry.image_features <= report.bound

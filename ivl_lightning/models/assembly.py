@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from ivl_lightning.checkpoints.files import open_file, open_folder
 from ivl_lightning.checkpoints.key_map import INTERNLM2, PROJECTOR, VISION, KeyTable, key_table
-from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource, renamed
-from ivl_lightning.checkpoints.views import AsNative
+from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource, listed, renamed
+from ivl_lightning.checkpoints.views import AsNative, is_computed
 from ivl_lightning.models.checkpoint import (
     CONFIG_NAME,
     Checkpoint,
@@ -25,9 +24,13 @@ from ivl_lightning.models.checkpoint import (
     untied,
 )
 from ivl_lightning.models.original_config import (
+    DEFAULT_TEMPLATE,
+    IMAGE_SETTINGS,
     ORIGINAL_TYPE,
     ORIGINAL_VISION_TYPE,
     RECORD,
+    built,
+    first_architecture,
     has_original_class,
     language_class,
     language_from_original,
@@ -75,7 +78,7 @@ def open_tower(path: str | Path) -> Tower:
         tensors = renamed(open_folder(folder), lambda name: f"vision_model.{name.removeprefix('vision_model.')}")
         return Tower(vision_from_original(values, folder / CONFIG_NAME), AsNative(tensors, KeyTable(VISION)))
     if kind == _NATIVE_VISION_TYPE:
-        config = InternVLVisionConfig.from_dict(values)
+        config = built(folder / CONFIG_NAME, InternVLVisionConfig.from_dict, values)
         return Tower(config, renamed(open_folder(folder), lambda name: TOWER + name))
     raise CheckpointError(
         f"{folder / CONFIG_NAME}: model_type is {kind!r}, which is no vision tower; known are "
@@ -96,7 +99,7 @@ def open_language(path: str | Path) -> Language:
         whole = open_checkpoint(folder)
         name = native_language_class(whole.config) if has_original_class(whole.config) else None
         return Language(text_config(whole.config), name, _only(whole.tensors, *LANGUAGE))
-    if (values.get("architectures") or [None])[0] == INTERNLM2:
+    if first_architecture(values) == INTERNLM2:
         config = language_from_original(values, file)
         table = key_table(INTERNLM2, config.num_attention_heads, config.num_key_value_heads)
         tensors = renamed(open_folder(folder), lambda name: f"language_model.{name}")
@@ -116,49 +119,73 @@ def open_projector(path: str | Path) -> TensorSource:
     if place.is_dir():
         return _only(open_checkpoint(place).tensors, JOINT)
     tensors = renamed(open_file(place), lambda name: f"mlp1.{name.removeprefix('mlp1.')}")
-    return AsNative(tensors, KeyTable(PROJECTOR))
+    native = AsNative(tensors, KeyTable(PROJECTOR))
+    missing = _projector_names() - set(native.names())
+    if missing:
+        raise CheckpointError(f"{place} is no whole projector: {listed(missing)} are missing. Fetch it again")
+    return native
 
 
-def assemble(
-    base: Checkpoint | None,
-    *,
-    vision: str | Path | None = None,
-    projector: str | Path | None = None,
-    language_model: str | Path | None = None,
-    image_size: int | None = None,
-    downsample_ratio: float = 0.5,
-    template: str = "internvl2_5",
-) -> Checkpoint:
-    """A checkpoint whose parts come from several places.
+def _projector_names() -> set[str]:
+    return {rule.native[0].format(kind=kind) for rule in PROJECTOR for kind in ("weight", "bias")}
 
-    Args:
-        base: gives the parts that are not named; None where all are, but for the projector, which is then new.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """Where a network is read from.
+
+    Attributes:
+        path: whole checkpoint; gives the parts that are not named.
         vision: see `open_tower`.
         projector: see `open_projector`.
         language_model: see `open_language`.
         image_size: side of a tile in pixels; position embeddings are resized to it. None keeps the tower's.
-        downsample_ratio: pixel unshuffle, where there is no base.
-        template: chat template, where there is no base.
+        downsample_ratio: pixel unshuffle, where there is no whole checkpoint.
+        template: chat template, where there is no whole checkpoint.
+    """
+
+    path: str | Path | None = None
+    vision: str | Path | None = None
+    projector: str | Path | None = None
+    language_model: str | Path | None = None
+    image_size: int | None = None
+    downsample_ratio: float = 0.5
+    template: str = DEFAULT_TEMPLATE
+
+
+def open_sources(sources: Sources) -> Checkpoint:
+    """Open a whole checkpoint, or parts as one.
 
     Raises:
         CheckpointError: a part is missing, cannot be read, or does not fit the others.
     """
-    if base is None and (vision is None or language_model is None):
+    base = None if sources.path is None else open_checkpoint(sources.path)
+    named = (sources.vision, sources.projector, sources.language_model)
+    whole = base if base is not None and not any(named) else _assemble(base, sources)
+    return with_image_size(whole, sources.image_size)
+
+
+def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
+    if base is None and (sources.vision is None or sources.language_model is None):
         raise CheckpointError(
             "a model from parts needs a vision tower and a language model (model.vision_path and "
             "model.language_model_path), or a whole checkpoint (model.path) that has the others"
         )
-    tower = None if vision is None else open_tower(vision)
-    language = None if language_model is None else open_language(language_model)
-    config = _joint_config(base, tower, language, downsample_ratio)
+    tower = None if sources.vision is None else open_tower(sources.vision)
+    language = None if sources.language_model is None else open_language(sources.language_model)
+    config = _joint_config(base, tower, language, sources.downsample_ratio)
     replaced = (TOWER,) * (tower is not None) + LANGUAGE * (language is not None)
     kept: list[TensorSource] = [] if base is None else [_without(base.tensors, *replaced)]
-    sources = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
-    sources.append(_projector(projector, config, sources))
-    joint = Checkpoint(_place(base, vision), config, Combined(sources))
-    joint = with_image_size(joint, image_size)
-    _keep_record(joint.config, base, language, template)
-    return joint
+    tensors = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
+    tensors.append(_projector(sources.projector, config, tensors))
+    _keep_record(config, base, language, sources.template)
+    return Checkpoint(
+        folder=base.folder if base is not None else Path(str(sources.vision)),
+        config=config,
+        tensors=Combined(tensors),
+        tokenizer=None if base is None else base.tokenizer,
+        generation=None if base is None else base.generation,
+    )
 
 
 def with_image_size(checkpoint: Checkpoint, image_size: int | None) -> Checkpoint:
@@ -225,20 +252,23 @@ def _keep_record(config: InternVLConfig, base: Checkpoint | None, language: Lang
     setattr(config, RECORD, None)
     if own is None and not has_original_class(config):
         return
-    made = to_original(config, template=kept.get("template", template), language=own)
-    setattr(config, RECORD, {**made, "ps_version": kept.get("ps_version", "v2")})
+    made = to_original(config, template=template, language=own)
+    setattr(config, RECORD, {**made, **{key: value for key, value in kept.items() if key in IMAGE_SETTINGS}})
 
 
 def _known_language(values: Mapping[str, Any], file: Path) -> PreTrainedConfig:
-    try:
-        given = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
-        config: PreTrainedConfig = AutoConfig.for_model(str(values.get("model_type")), **given)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file}: no language model that transformers knows: {error}") from error
+    given = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{file}: no language model that transformers knows has the model_type {values.get('model_type')!r}"
+        )
+    config: PreTrainedConfig = built(file, AutoConfig.for_model, values["model_type"], **given)
     return config
 
 
-def _causal_name(name: str) -> str:
+def _causal_name(name: str) -> str | None:
+    if is_computed(name):
+        return None
     return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
@@ -248,7 +278,3 @@ def _only(tensors: TensorSource, *prefixes: str) -> TensorSource:
 
 def _without(tensors: TensorSource, *prefixes: str) -> TensorSource:
     return renamed(tensors, lambda name: None if name.startswith(prefixes) else name)
-
-
-def _place(base: Checkpoint | None, vision: str | Path | None) -> Path:
-    return base.folder if base is not None else Path(str(vision))

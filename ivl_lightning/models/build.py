@@ -20,11 +20,11 @@ from transformers import (
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 from ivl_lightning.config.schema import ModelConfig
-from ivl_lightning.models.assembly import assemble, with_image_size
+from ivl_lightning.models.assembly import Sources, open_sources
 
 # Imported for its registration: `attn_implementation="ivl_packed"` is known from here on.
 from ivl_lightning.models.attention import PACKED_ATTENTION
-from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint
 from ivl_lightning.models.original_config import DEFAULT_TEMPLATE, keep_record
 from ivl_lightning.models.parts import set_image_size, text_config, tile_size, vision_tower
 from ivl_lightning.models.streaming import empty_model, fill
@@ -100,14 +100,16 @@ def open_configured(config: ModelConfig) -> Checkpoint:
     Raises:
         CheckpointError: see `load_model`.
     """
-    return open_model(
-        config.path,
-        vision=config.vision_path,
-        projector=config.projector_path,
-        language_model=config.language_model_path,
-        image_size=_wanted_tile(config),
-        downsample_ratio=config.downsample_ratio,
-        template=config.template or DEFAULT_TEMPLATE,
+    return open_sources(
+        Sources(
+            path=config.path,
+            vision=config.vision_path,
+            projector=config.projector_path,
+            language_model=config.language_model_path,
+            image_size=_wanted_tile(config),
+            downsample_ratio=config.downsample_ratio,
+            template=config.template or DEFAULT_TEMPLATE,
+        )
     )
 
 
@@ -145,7 +147,7 @@ def load_model(
     language_model: str | Path | None = None,
     image_size: int | None = None,
     downsample_ratio: float = 0.5,
-    template: str = "internvl2_5",
+    template: str = DEFAULT_TEMPLATE,
     device_of: Callable[[str], torch.device] = lambda _: torch.device("cpu"),
 ) -> InternVLForConditionalGeneration:
     """A model from a folder of either layout, from parts, or from a folder some of whose parts are replaced.
@@ -173,14 +175,16 @@ def load_model(
         ValueError: no such folder, another kind of model, and files that are missing, damaged, or do not fit the
             configuration; names file and tensor or field.
     """
-    checkpoint = open_model(
-        path,
-        vision=vision,
-        projector=projector,
-        language_model=language_model,
-        image_size=image_size,
-        downsample_ratio=downsample_ratio,
-        template=template,
+    checkpoint = open_sources(
+        Sources(
+            path=path,
+            vision=vision,
+            projector=projector,
+            language_model=language_model,
+            image_size=image_size,
+            downsample_ratio=downsample_ratio,
+            template=template,
+        )
     )
     return _filled(checkpoint, dtype=dtype, attention=attention, device_of=device_of)
 
@@ -198,35 +202,6 @@ def _filled(
         model.generation_config = checkpoint.generation
     model.config._name_or_path = str(checkpoint.folder)
     return model.eval()
-
-
-def open_model(
-    path: str | Path | None,
-    *,
-    vision: str | Path | None = None,
-    projector: str | Path | None = None,
-    language_model: str | Path | None = None,
-    image_size: int | None = None,
-    downsample_ratio: float = 0.5,
-    template: str = "internvl2_5",
-) -> Checkpoint:
-    """What `load_model` reads, opened: configuration and tensors.
-
-    Raises:
-        CheckpointError: see `load_model`.
-    """
-    base = None if path is None else open_checkpoint(path)
-    if base is not None and vision is None and projector is None and language_model is None:
-        return with_image_size(base, image_size)
-    return assemble(
-        base,
-        vision=vision,
-        projector=projector,
-        language_model=language_model,
-        image_size=image_size,
-        downsample_ratio=downsample_ratio,
-        template=template,
-    )
 
 
 def check_shapes(model: InternVLForConditionalGeneration, config: ModelConfig) -> None:

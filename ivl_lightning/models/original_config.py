@@ -24,6 +24,17 @@ DEFAULT_TEMPLATE: Final = "internvl2_5"
 RECORD: Final = "internvl_chat"
 """Attribute of InternVLConfig that keeps the original's config.json, also for what has no place elsewhere."""
 
+IMAGE_SETTINGS: Final = (
+    "template",
+    "ps_version",
+    "dynamic_image_size",
+    "use_thumbnail",
+    "min_dynamic_patch",
+    "max_dynamic_patch",
+    "pad2square",
+)
+"""Of the original's config.json: what is a matter of prompts and pictures, whatever the language model."""
+
 _MODEL_TYPES: Final = {
     INTERNLM2: "llama",
     "Qwen2ForCausalLM": "qwen2",
@@ -78,15 +89,28 @@ _LANGUAGE: Final = (
     _same("pad_token_id"),
 )
 _LANGUAGE_OWN: Final[Mapping[str, tuple[_Field, ...]]] = {
-    INTERNLM2: (_Field("bias", "attention_bias", True),),
+    INTERNLM2: (
+        _Field("bias", "attention_bias", True),
+        _same("bos_token_id", 1),
+        _same("eos_token_id", 2),
+        _same("pad_token_id", 0),
+    ),
     "Qwen2ForCausalLM": (
+        _same("max_position_embeddings", 32768),
         _same("attention_dropout", 0.0),
         _same("use_sliding_window", False),
         _same("sliding_window", 4096),
         _same("max_window_layers", 28),
     ),
-    "LlamaForCausalLM": (_same("attention_bias", False), _same("attention_dropout", 0.0), _same("head_dim")),
+    "LlamaForCausalLM": (
+        _same("attention_bias", False),
+        _same("attention_dropout", 0.0),
+        _same("head_dim"),
+        _same("bos_token_id", 1),
+        _same("eos_token_id", 2),
+    ),
     "Phi3ForCausalLM": (
+        _same("max_position_embeddings", 4096),
         _same("rms_norm_eps", 1e-5),
         _same("attention_dropout", 0.0),
         _same("resid_pdrop", 0.0),
@@ -100,6 +124,24 @@ _CHOICES: Final[Mapping[str, tuple[object, ...]]] = {
     "norm_type": ("layer_norm", "rms_norm"),
     "ps_version": ("v1", "v2"),
 }
+
+
+def built(file: Path, build: Any, *arguments: Any, **values: Any) -> Any:
+    """Build one of the library's configurations, whose checks end in errors of many kinds.
+
+    Args:
+        file: the values are from, for messages.
+        build: class or function.
+        *arguments: of it.
+        **values: fields.
+
+    Raises:
+        CheckpointError: names the file, and the field as far as the library does.
+    """
+    try:
+        return build(*arguments, **values)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: a field cannot be used: {error}") from error
 
 
 def from_original(config: Mapping[str, Any], file: Path) -> InternVLConfig:
@@ -117,7 +159,7 @@ def from_original(config: Mapping[str, Any], file: Path) -> InternVLConfig:
     _check_choice("ps_version", config.get("ps_version", "v1"), file)
     ratio = config.get("downsample_ratio", 0.5)
     tower = vision_from_original({**vision, "image_size": tile}, file)
-    internvl: InternVLConfig = _built(
+    internvl: InternVLConfig = built(
         file,
         InternVLConfig,
         vision_config=tower,
@@ -139,7 +181,9 @@ def vision_from_original(vision: Mapping[str, Any], file: Path) -> InternVLVisio
     """
     values = _to_native(_VISION, vision, file)
     _check_choice("norm_type", values["norm_type"], file)
-    tower: InternVLVisionConfig = _built(file, InternVLVisionConfig, **values, use_mean_pooling=True)
+    if not isinstance(values["patch_size"], int) or values["patch_size"] < 1:
+        raise CheckpointError(f"{file}: patch_size={values['patch_size']!r} must be a whole number above 0")
+    tower: InternVLVisionConfig = built(file, InternVLVisionConfig, **values, use_mean_pooling=True)
     return tower
 
 
@@ -154,8 +198,8 @@ def language_from_original(language: Mapping[str, Any], file: Path) -> PreTraine
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     values = {key: value for key, value in values.items() if value is not None or key.endswith("token_id")}
-    values["rope_parameters"] = _rope_from_original(language)
-    text: PreTrainedConfig = _built(
+    values["rope_parameters"] = _rope_from_original(language, file)
+    text: PreTrainedConfig = built(
         file, AutoConfig.for_model, _MODEL_TYPES[name], **values, tie_word_embeddings=False, use_cache=True
     )
     return text
@@ -167,13 +211,19 @@ def language_class(language: Mapping[str, Any], file: Path) -> str:
     Raises:
         CheckpointError: it is not named, or not supported.
     """
-    names = language.get("architectures") or [None]
-    if names[0] not in _MODEL_TYPES:
+    named = first_architecture(language)
+    if named not in _MODEL_TYPES:
         raise CheckpointError(
-            f"{file}: the language model's architectures names {names[0]!r}; supported are "
+            f"{file}: the language model's architectures names {named!r}; supported are "
             f"{', '.join((INTERNLM2, *SAME_NAMES))}"
         )
-    return str(names[0])
+    return str(named)
+
+
+def first_architecture(config: Mapping[str, Any]) -> object:
+    """The class that a config.json names; None where it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names else None
 
 
 def has_original_class(config: InternVLConfig) -> bool:
@@ -188,8 +238,8 @@ def native_language_class(config: InternVLConfig) -> str:
         CheckpointError: the original has none for it.
     """
     text = text_config(config)
-    recorded = ((record(config).get("llm_config") or {}).get("architectures") or [None])[0]
-    if _MODEL_TYPES.get(recorded) == text.model_type:
+    recorded = first_architecture(record(config).get("llm_config") or {})
+    if _MODEL_TYPES.get(str(recorded)) == text.model_type:
         return str(recorded)
     own = {kind: name for name, kind in _MODEL_TYPES.items() if name != INTERNLM2}
     if text.model_type not in own:
@@ -311,11 +361,16 @@ def _to_native(fields: tuple[_Field, ...], values: Mapping[str, Any], file: Path
     return {field.native: values.get(field.original, field.default) for field in fields}
 
 
-def _rope_from_original(language: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = dict(language.get("rope_scaling") or {})
+def _rope_from_original(language: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    scaling, theta = language.get("rope_scaling") or {}, language.get("rope_theta", 10000.0)
+    if not isinstance(scaling, Mapping) or not isinstance(theta, (int, float)):
+        raise CheckpointError(
+            f"{file}: rope_scaling={scaling!r} must be null or a mapping, rope_theta={theta!r} a number: fetch it again"
+        )
+    scaling = dict(scaling)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    rope = {"rope_type": _ROPE_NAMES.get(kind, kind), "rope_theta": language.get("rope_theta", 10000.0), **scaling}
+    rope = {"rope_type": _ROPE_NAMES.get(kind, kind), "rope_theta": theta, **scaling}
     if rope["rope_type"] == "longrope":
         rope["original_max_position_embeddings"] = language.get("original_max_position_embeddings", 4096)
     return rope
@@ -324,17 +379,18 @@ def _rope_from_original(language: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_to_original(language: PreTrainedConfig) -> dict[str, Any]:
     rope = dict(language.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"type": kind, **rope}}
+    # Llama 3's is part of its rule; elsewhere it is a field of its own, or none.
+    own = (
+        {"partial_rotary_factor"} if kind == "llama3" else {"partial_rotary_factor", "original_max_position_embeddings"}
+    )
+    scaling = {key: value for key, value in rope.items() if key not in own and value is not None}
+    old = {new: name for name, new in _ROPE_NAMES.items()}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": old.get(kind, kind), **scaling},
+    }
 
 
 def _check_choice(key: str, value: object, file: Path) -> None:
     if value not in _CHOICES[key]:
         raise CheckpointError(f"{file}: {key}={value!r} is not one of {', '.join(map(str, _CHOICES[key]))}")
-
-
-def _built(file: Path, build: Any, *arguments: Any, **values: Any) -> Any:
-    """Build a configuration; the library's own checks end in errors of many kinds, which name the field."""
-    try:
-        return build(*arguments, **values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file}: a field cannot be used: {error}") from error

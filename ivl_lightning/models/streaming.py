@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
@@ -25,7 +26,8 @@ def empty_model(
         dtype: of its parameters.
         attention: implementation of each part, by transformers' names.
     """
-    with torch.device("meta"):
+    # Buffers get their values: no checkpoint holds them (rotary frequencies, scales of embeddings).
+    with init_empty_weights(include_buffers=False):
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
     choose_projector(model)
     return model
@@ -56,31 +58,11 @@ def fill(
         # Always a copy: what was read may lie in the file itself.
         value = source.read(name).to(device_of(name), old.dtype, copy=True)
         _replace(model, name, nn.Parameter(value, requires_grad=old.requires_grad))
-    compute_buffers(model, device_of)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device_of(name)))
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
-
-
-def compute_buffers(model: nn.Module, device_of: Callable[[str], torch.device] = lambda _: _CPU) -> None:
-    """Compute what no checkpoint holds: rotary frequencies of a model that was on the meta device, in place.
-
-    Args:
-        model: its modules with such buffers can be built from their `config` alone, as the library's rotary ones can.
-        device_of: where the buffer of this name shall lie.
-    """
-    for name, module in model.named_modules():
-        computed = [leaf for leaf in module._non_persistent_buffers_set if _is_meta(module, leaf)]
-        if not computed:
-            continue
-        fresh = type(module)(config=module.config)
-        for leaf in computed:
-            buffer = fresh.get_buffer(leaf).to(device_of(f"{name}.{leaf}"))
-            module.register_buffer(leaf, buffer, persistent=False)
-
-
-def _is_meta(module: nn.Module, leaf: str) -> bool:
-    buffer = getattr(module, leaf)
-    return buffer is not None and buffer.is_meta
