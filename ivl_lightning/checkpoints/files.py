@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySo
 
 SAFETENSORS = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
+_LFS_POINTER = b"version https://git-lfs"
 _TORCH_NAMES = ("pytorch_model.bin",)
 _DTYPES = {
     "F64": torch.float64,
@@ -152,11 +154,16 @@ def load_tensors(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, holds code, or no mapping.
     """
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{file} is damaged or cut short (a pointer of git lfs, not the file): fetch it again"
+            )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} holds Python objects besides tensors, which could run code ({_first_line(error)}): convert it to "
+            f"{file} holds Python objects besides tensors, which could run code ({_refused(error)}): convert it to "
             "safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
@@ -164,6 +171,12 @@ def load_tensors(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, needed is a mapping of names to tensors")
     return content
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What was refused; torch's own message goes on to say how to run it all the same."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return named[1] if named else "torch reads no tensors in it"
 
 
 def _is_zip(file: Path) -> bool:

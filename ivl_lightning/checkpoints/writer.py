@@ -133,9 +133,12 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={target} exists: give another folder, or overwrite=true to replace it")
     aside = target.with_name(f".{target.name}.partial")
+    _remove(aside)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+    except OSError as error:
+        raise DiskError(f"{target} cannot be written ({error.strerror}): choose another folder") from error
+    try:
         yield aside
         replace_folder(aside, target)
     except OSError as error:
@@ -143,14 +146,27 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise DiskError(f"{target} cannot be written ({error.strerror}): make room") from error
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
 
 
 def replace_folder(new: Path, target: Path) -> None:
     """Give `new` the name of `target`; what was there is removed only when the new one stands."""
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    _remove(old)
+    if target.exists() or target.is_symlink():
         target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists() or old.is_symlink():
+            old.rename(target)
+        raise
+    _remove(old)
+
+
+def _remove(place: Path) -> None:
+    """A folder with all in it; of a link the link alone."""
+    if place.is_symlink() or place.is_file():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)

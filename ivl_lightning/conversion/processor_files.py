@@ -70,7 +70,7 @@ def write_processor_files(
         ValueError: the template is not known; the tokenizer lacks a special token, or has more tokens than the model
             has rows.
     """
-    _check_vocabulary(tokenizer, config)
+    check_vocabulary(tokenizer, config)
     if layout == "original":
         return sorted([*_write_original_tokenizer(folder, tokenizer, config, template), _write_clip(folder, config)])
     limits = (min_tiles, max_tiles) if dynamic else (1, 1)
@@ -84,7 +84,12 @@ def write_processor_files(
     return sorted(names)
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig) -> None:
+    """Every special token is there, and every token has a row in the model.
+
+    Raises:
+        ValueError: one is missing, or there are more tokens than rows.
+    """
     added = tokenizer.get_added_vocab()
     needed = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN, _SPARE_TOKEN)
     missing = [token for token in needed if token not in added]

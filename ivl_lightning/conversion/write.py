@@ -20,11 +20,11 @@ from ivl_lightning.checkpoints.views import AsOriginal, check_complete
 from ivl_lightning.checkpoints.writer import check_space, total_bytes, write_weights, written_aside
 from ivl_lightning.config.convert import Layout, WriteConfig
 from ivl_lightning.conversion.parity import ParityReport, compare
-from ivl_lightning.conversion.processor_files import write_processor_files
+from ivl_lightning.conversion.processor_files import check_vocabulary, write_processor_files
 from ivl_lightning.data.templates import stop_ids, template_of
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, table_of
-from ivl_lightning.models.original_config import is_transposed, record, to_original
+from ivl_lightning.models.original_config import image_settings, is_transposed, record, to_original
 from ivl_lightning.models.parts import text_config
 from ivl_lightning.models.streaming import empty_model
 from ivl_lightning.models.tokenizer import filler_id
@@ -41,13 +41,6 @@ _TOKENIZER_FILES: Final = (
     "merges.txt",
     "preprocessor_config.json",
 )
-_SETTINGS: Final[dict[str, Any]] = {
-    "min_dynamic_patch": 1,
-    "max_dynamic_patch": 12,
-    "use_thumbnail": True,
-    "dynamic_image_size": True,
-}
-"""Of the original's config.json, as its releases have them."""
 
 
 class ParityError(ValueError):
@@ -84,8 +77,8 @@ def write_checkpoint(
         ValueError: the target exists, or the tokenizer does not fit the model.
     """
     target, dtype = Path(config.target), None if config.dtype is None else getattr(torch, config.dtype)
-    if target.resolve() == checkpoint.folder.resolve():
-        raise ValueError(f"target={target} is the folder that is read: give another one")
+    kept = target.with_name(f"{target.name}.{PARITY_NAME}")
+    _check_apart(checkpoint, target)
     _check_whole(checkpoint)
     tensors = Cast(_as_layout(checkpoint, config.layout), dtype)
     size = total_bytes(tensors)
@@ -112,11 +105,11 @@ def write_checkpoint(
             )
         report = replace(report, target=str(target))
         if report.faults:
-            kept = target.with_name(f"{target.name}.{PARITY_NAME}")
             write_json(kept, report.as_json())
             raise ParityError(report, kept)
         write_json(aside / PARITY_NAME, report.as_json())
         also(aside)
+    kept.unlink(missing_ok=True)
     return report
 
 
@@ -148,6 +141,20 @@ def _megabytes(bar: PassProgress, name: str) -> Any:
         bar.advance(name, total // _MB - before)
 
     return advance
+
+
+def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
+    """Nothing that is read may lie where the target is to be: replacing it would take the source away."""
+    place = target.resolve()
+    if place == checkpoint.folder.resolve():
+        raise ValueError(f"target={target} is the folder that is read: give another one")
+    files = {checkpoint.tensors.where(name) for name in checkpoint.tensors.names()}
+    inside = [file for file in sorted(files) if Path(file).absolute().is_relative_to(place)]
+    if inside or checkpoint.folder.resolve().is_relative_to(place):
+        raise ValueError(
+            f"target={target} holds the source, or its base ({inside[0] if inside else checkpoint.folder}): give "
+            "another folder"
+        )
 
 
 def _check_whole(checkpoint: Checkpoint) -> None:
@@ -187,12 +194,13 @@ def write_companions(
     Raises:
         ValueError: the tokenizer does not fit the model, or the template is not known.
     """
-    settings = {**_SETTINGS, **record(checkpoint.config)}
-    chosen = template_of(None if record(checkpoint.config).get("template") else template, checkpoint.config)
+    settings = image_settings(checkpoint.config)
+    chosen = _template(checkpoint, template)
     if checkpoint.tokenizer is None:
         tokenizer, notes = None, ["the source has no tokenizer, so the target has none"]
     else:
         tokenizer, notes = checkpoint.tokenizer(), []
+        check_vocabulary(tokenizer, checkpoint.config)
     copied = layout == "original" and checkpoint.original is not None
     stored = dtype or _stored_dtype(checkpoint.tensors)
     _write_config(checkpoint, folder, layout, template=chosen, dtype=stored)
@@ -215,6 +223,15 @@ def write_companions(
             dynamic=settings["dynamic_image_size"],
         )
     return notes
+
+
+def _template(checkpoint: Checkpoint, given: str | None) -> str:
+    """The checkpoint's own, else the given one."""
+    own = record(checkpoint.config).get("template")
+    try:
+        return template_of(None if own else given, checkpoint.config)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder / CONFIG_NAME}: {error}") from error
 
 
 def _stored_dtype(tensors: TensorSource) -> torch.dtype:

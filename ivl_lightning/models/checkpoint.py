@@ -16,7 +16,8 @@ from ivl_lightning.checkpoints.files import open_folder, read_json
 from ivl_lightning.checkpoints.key_map import KeyTable, key_table, native_name
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, Renamed, TensorSource, renamed
 from ivl_lightning.checkpoints.views import AsNative
-from ivl_lightning.models.original_config import ORIGINAL_TYPE, from_original, native_language_class
+from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
+from ivl_lightning.models.original_config import ORIGINAL_TYPE, built, from_original, native_language_class
 from ivl_lightning.models.parts import text_config
 from ivl_lightning.models.tokenizer import has_tokenizer, image_token_id, load_tokenizer
 
@@ -79,8 +80,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(folder, config, untied(tensors, values), tokenizer=tokenizer, generation=generation)
     original = Original(values, _merged_original(open_folder(folder)))
     if tokenizer is not None:
-        # Its config.json does not say which id stands for image features.
-        config.image_token_id = image_token_id(tokenizer())
+        config.image_token_id = _image_token_id(folder, tokenizer())
     return Checkpoint(folder, config, AsNative(original.tensors, table_of(config)), original, tokenizer, generation)
 
 
@@ -94,6 +94,17 @@ def _open_adapted(folder: Path) -> Checkpoint:
 def _merged_original(files: TensorSource) -> TensorSource:
     adapted = any(".lora_" in name for name in files.names())
     return Merged(files, ORIGINAL_LORA_SCALE) if adapted else files
+
+
+def _image_token_id(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The original's config.json does not say which id stands for image features."""
+    try:
+        return image_token_id(tokenizer)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: {IMAGE_CONTEXT_TOKEN} is not among the tokenizer's tokens: its files are those of the bare "
+            "language model, fetch the checkpoint's own (added_tokens.json, tokenizer_config.json)"
+        ) from error
 
 
 def tokenizer_folder(path: str | Path) -> Path:
@@ -111,9 +122,10 @@ def _tokenizer_in(folder: Path) -> Callable[[], PreTrainedTokenizerBase] | None:
 
 
 def _generation_in(folder: Path) -> GenerationConfig | None:
-    if not (folder / GENERATION_CONFIG_NAME).is_file():
+    file = folder / GENERATION_CONFIG_NAME
+    if not file.is_file():
         return None
-    generation: GenerationConfig = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    generation: GenerationConfig = built(file, GenerationConfig.from_dict, read_json(file))
     return generation
 
 

@@ -7,12 +7,14 @@ original; a field that a file leaves out has the default of these classes, which
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ivl_lightning.checkpoints.key_map import INTERNLM2, SAME_NAMES
 from ivl_lightning.checkpoints.source import CheckpointError
@@ -34,6 +36,21 @@ IMAGE_SETTINGS: Final = (
     "pad2square",
 )
 """Of the original's config.json: what is a matter of prompts and pictures, whatever the language model."""
+
+RELEASED_SETTINGS: Final[Mapping[str, Any]] = {
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 12,
+    "pad2square": False,
+}
+_CLASS_SETTINGS: Final[Mapping[str, Any]] = {
+    "dynamic_image_size": False,
+    "use_thumbnail": False,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 6,
+    "pad2square": False,
+}
 
 _MODEL_TYPES: Final = {
     INTERNLM2: "llama",
@@ -168,6 +185,7 @@ def from_original(config: Mapping[str, Any], file: Path) -> InternVLConfig:
         vision_feature_layer=config.get("select_layer", -1),
         tie_word_embeddings=False,
     )
+    _check_layer(internvl, file)
     set_image_size(internvl, int(tile))
     setattr(internvl, RECORD, copy.deepcopy(dict(config)))
     return internvl
@@ -181,8 +199,13 @@ def vision_from_original(vision: Mapping[str, Any], file: Path) -> InternVLVisio
     """
     values = _to_native(_VISION, vision, file)
     _check_choice("norm_type", values["norm_type"], file)
-    if not isinstance(values["patch_size"], int) or values["patch_size"] < 1:
-        raise CheckpointError(f"{file}: patch_size={values['patch_size']!r} must be a whole number above 0")
+    _check_counts(values, ("patch_size", "hidden_size", "num_attention_heads"), file)
+    _check_known("hidden_act", values["hidden_act"], ACT2FN, file)
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise CheckpointError(
+            f"{file}: the vision tower's hidden_size={values['hidden_size']} is no multiple of its "
+            f"num_attention_heads={values['num_attention_heads']}: fetch the file again"
+        )
     tower: InternVLVisionConfig = built(file, InternVLVisionConfig, **values, use_mean_pooling=True)
     return tower
 
@@ -198,7 +221,10 @@ def language_from_original(language: Mapping[str, Any], file: Path) -> PreTraine
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     values = {key: value for key, value in values.items() if value is not None or key.endswith("token_id")}
+    _check_counts(values, ("hidden_size", "num_attention_heads", "num_key_value_heads"), file)
+    _check_known("hidden_act", values["hidden_act"], ACT2FN, file)
     values["rope_parameters"] = _rope_from_original(language, file)
+    _check_known("rope_scaling.type", values["rope_parameters"]["rope_type"], ("default", *ROPE_INIT_FUNCTIONS), file)
     text: PreTrainedConfig = built(
         file, AutoConfig.for_model, _MODEL_TYPES[name], **values, tie_word_embeddings=False, use_cache=True
     )
@@ -266,6 +292,14 @@ def keep_record(config: InternVLConfig, template: str | None) -> None:
         setattr(config, RECORD, {**record(config), **({} if template is None else {"template": template})})
     elif has_original_class(config):
         setattr(config, RECORD, to_original(config, template=template or DEFAULT_TEMPLATE))
+
+
+def image_settings(config: InternVLConfig) -> dict[str, Any]:
+    """How the original cuts pictures: what its config.json says, and the defaults of its class for what it leaves out.
+
+    A network that never had such a file takes what all releases since 1.5 have.
+    """
+    return {**(_CLASS_SETTINGS if record(config) else RELEASED_SETTINGS), **record(config)}
 
 
 def is_transposed(config: InternVLConfig) -> bool:
@@ -337,11 +371,7 @@ def _unrecorded(template: str) -> dict[str, Any]:
     return {
         "template": template,
         "ps_version": "v2",
-        "dynamic_image_size": True,
-        "use_thumbnail": True,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": 12,
-        "pad2square": False,
+        **RELEASED_SETTINGS,
         "llm_config": {},
         "vision_config": {},
     }
@@ -389,6 +419,23 @@ def _rope_to_original(language: PreTrainedConfig) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"type": old.get(kind, kind), **scaling},
     }
+
+
+def _check_layer(config: InternVLConfig, file: Path) -> None:
+    layer, layers = config.vision_feature_layer, vision_config(config).num_hidden_layers
+    if not -layers - 1 <= layer <= layers:
+        raise CheckpointError(f"{file}: select_layer={layer}, but the vision tower has {layers} layers")
+
+
+def _check_counts(values: Mapping[str, Any], keys: tuple[str, ...], file: Path) -> None:
+    for key in keys:
+        if not isinstance(values[key], int) or values[key] < 1:
+            raise CheckpointError(f"{file}: {key}={values[key]!r} must be a whole number above 0: fetch the file again")
+
+
+def _check_known(key: str, value: object, known: Collection[str], file: Path) -> None:
+    if value not in known:
+        raise CheckpointError(f"{file}: {key}={value!r} is not known here; known are {', '.join(sorted(known))}")
 
 
 def _check_choice(key: str, value: object, file: Path) -> None:

@@ -19,6 +19,10 @@ _SHORT_TEXT = 160
 """Characters of the longest text whose ids are remembered."""
 
 
+class TokenizerError(ValueError):
+    """Files that hold no tokenizer that can be used."""
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer whose ids equal those of the original's slow one.
 
@@ -36,6 +40,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the folder that holds the tokenizer files")
+    try:
+        return _load(folder)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the libraries below have errors of many kinds for damaged files
+        raise TokenizerError(
+            f"{folder}: the tokenizer's files are damaged ({type(error).__name__}: {error}): fetch them again"
+        ) from error
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     config = _read_config(folder)
@@ -45,7 +60,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer.model").is_file():
         _check_class(folder, config, _INTERNLM2_CLASSES + _LLAMA_CLASSES)
         return _load_sentencepiece(folder, config)
-    raise ValueError(
+    raise TokenizerError(
         f"no tokenizer in {folder}: looked for tokenizer.json, for vocab.json with merges.txt, and for tokenizer.model"
     )
 
@@ -177,16 +192,16 @@ def _read_config(folder: Path) -> dict[str, object]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): restore the file") from error
+        raise TokenizerError(f"{file} is not valid JSON ({error}): restore the file") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} does not hold a JSON object: restore the file")
+        raise TokenizerError(f"{file} does not hold a JSON object: restore the file")
     return config
 
 
 def _check_class(folder: Path, config: Mapping[str, object], known: tuple[str, ...]) -> None:
     name = config.get("tokenizer_class")
     if name is not None and name not in known:
-        raise ValueError(
+        raise TokenizerError(
             f"{folder} names the tokenizer class {name!r}, known for these files are {', '.join(known)}: "
             "save it once as tokenizer.json with transformers, which any class can be read from"
         )
@@ -217,13 +232,13 @@ def _has_dummy_prefix(file: Path) -> bool:
     """Whether SentencePiece writes a blank before the first word.
 
     Raises:
-        ValueError: the model rewrites text in a way that the fast tokenizer does not repeat.
+        TokenizerError: the model rewrites text in a way that the fast tokenizer does not repeat.
     """
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
     model.ParseFromString(file.read_bytes())
     rule = model.normalizer_spec
     if rule.precompiled_charsmap or rule.remove_extra_whitespaces:
-        raise ValueError(
+        raise TokenizerError(
             f"{file} normalizes text ({rule.name or 'custom'}), so its ids would not be repeated exactly: "
             "save the tokenizer as tokenizer.json with its own library"
         )

@@ -1,6 +1,7 @@
 """What is loaded and written computes what the original computes: outputs, gradients, bits; broken maps are caught."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -553,10 +554,12 @@ def test_numbers_too_large_for_float16_are_caught(tmp_path: Path):
     refused(open_checkpoint(source), tmp_path / "target", dtype="float16")
 
 
-@pytest.mark.parametrize("layout", ["hf", "original"])
-def test_shards(golden, layout, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "layout"), [*((name, "hf") for name in originals.GOLDEN), (originals.GOLDEN[1], "original")]
+)
+def test_shards(name, layout, tmp_path: Path):
     """None is above the limit unless one tensor is; the library reads them; back in one file they are the same bits."""
-    limit = 100_000
+    golden, limit = originals.golden(name), 100_000
     convert(originals.settings(golden.folder, tmp_path / "shards", layout=layout, shard_gb=limit / 1e9))
     index = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
@@ -577,8 +580,9 @@ def test_shards(golden, layout, tmp_path: Path):
     assert bits_equal(load_file(tmp_path / "back/model.safetensors"), golden.tensors)
 
 
-def test_a_large_target_is_compared_layer_by_layer(golden, tmp_path: Path):
+def test_a_large_target_is_compared_layer_by_layer(tmp_path: Path):
     """With the same outcome as by the library, to the last few bits."""
+    golden = originals.golden("internlm2_vit300m")
     library = convert(originals.settings(golden.folder, tmp_path / "one"))
     streamed = convert(originals.settings(golden.folder, tmp_path / "two", memory_gb=0.0))
     assert streamed.ran == (REFERENCE, STREAMED)
@@ -670,30 +674,34 @@ def test_half_an_adapter_is_named(tmp_path: Path):
         load_model(folder)
 
 
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    convert(originals.settings(originals.CHECKPOINTS / "qwen2_vit300m", tmp_path / "hf", logits=False))
-    return tmp_path / "hf"
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Path:
+    """The golden Qwen2 in transformers' layout, which nobody changes."""
+    folder = tmp_path_factory.mktemp("base") / "hf"
+    convert(originals.settings(originals.CHECKPOINTS / "qwen2_vit300m", folder, logits=False))
+    return folder
 
 
-def peft_adapter(base: Path, folder: Path, **changes: Any) -> dict[str, Tensor]:
-    """Let peft save an adapter of both parts with moved A and B; what peft's own merge makes of the network."""
+@pytest.fixture(scope="module")
+def peft_adapter(hf, tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+    """An adapter of both parts as peft saves it, A and B moved; what peft's own merge makes of the network."""
     torch.manual_seed(0)
-    network = InternVLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "fc1", "down_proj"], **changes}
-    model = get_peft_model(network, LoraConfig(**settings))
+    network = InternVLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32)
+    targets = ["q_proj", "v_proj", "fc1", "down_proj"]
+    model = get_peft_model(network, LoraConfig(r=4, lora_alpha=12, target_modules=targets))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if ".lora_" in name:
                 value.add_(0.05 * torch.randn_like(value))
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
     model.save_pretrained(folder)
-    return dict(model.merge_and_unload().state_dict())
+    return folder, dict(model.merge_and_unload().state_dict())
 
 
-def test_an_adapter_of_peft_is_merged_as_peft_does(hf, tmp_path: Path):
+def test_an_adapter_of_peft_is_merged_as_peft_does(hf, peft_adapter):
     """alpha / rank is 3."""
-    merged = peft_adapter(hf, tmp_path / "adapter")
-    found = dict(load_model(tmp_path / "adapter").state_dict())
+    folder, merged = peft_adapter
+    found = dict(load_model(folder).state_dict())
     assert found.keys() == merged.keys()
     assert max(difference(found[name], value) for name, value in merged.items()) <= 1e-6
     base = load_model(hf).state_dict()
@@ -701,13 +709,24 @@ def test_an_adapter_of_peft_is_merged_as_peft_does(hf, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
-def test_an_adapter_is_converted_with_its_base(hf, layout, tmp_path: Path):
-    merged = peft_adapter(hf, tmp_path / "adapter")
-    report = convert(originals.settings(tmp_path / "adapter", tmp_path / "target", layout=layout))
+def test_an_adapter_is_converted_with_its_base(peft_adapter, layout, tmp_path: Path):
+    folder, merged = peft_adapter
+    report = convert(originals.settings(folder, tmp_path / "target", layout=layout))
     assert not report.faults
     assert [entry.probe for entry in report.logits] == NAMES
     found = dict(load_model(tmp_path / "target").state_dict())
     assert max(difference(found[name], value) for name, value in merged.items()) <= 1e-6
+
+
+@pytest.fixture
+def adapter(peft_adapter, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(peft_adapter[0], tmp_path / "adapter"))
+
+
+def change_adapter(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -718,31 +737,38 @@ def test_an_adapter_is_converted_with_its_base(hf, layout, tmp_path: Path):
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 2}},
         {"modules_to_save": ["lm_head"]},
-        # The base is changed when the adapter is made, so that the file's A and B alone say nothing.
+        # peft takes W - B A of the start for the base here: with the file's A and B alone its merge is another.
         {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq"},
     ],
 )
-def test_adapters_that_are_not_plain_are_refused(hf, changes, tmp_path: Path):
+def test_adapters_that_are_not_plain_are_refused(adapter, changes):
     """Merging them as plain ones would give other weights than peft's."""
-    peft_adapter(hf, tmp_path / "adapter", **changes)
+    change_adapter(adapter, **changes)
     with pytest.raises(CheckpointError, match=r"adapter_config.json: only plain LoRA .*merge it with peft") as caught:
-        load_model(tmp_path / "adapter")
+        load_model(adapter)
     assert next(iter(changes)) in str(caught.value)
 
 
-def test_an_adapter_whose_base_is_gone_is_named(hf, tmp_path: Path):
-    peft_adapter(hf, tmp_path / "adapter")
-    hf.rename(tmp_path / "elsewhere")
+@pytest.mark.parametrize("start", [True, False, "gaussian", None])
+def test_starts_that_leave_the_base_alone_are_plain(adapter, peft_adapter, start):
+    change_adapter(adapter, init_lora_weights=start)
+    found = load_model(adapter).state_dict()
+    assert max(difference(found[name], value) for name, value in peft_adapter[1].items()) <= 1e-6
+
+
+def test_an_adapter_whose_base_is_gone_is_named(adapter, tmp_path: Path):
+    change_adapter(adapter, base_model_name_or_path=str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"adapter_config.json names the base model .*base_model_name_or_path"):
-        load_model(tmp_path / "adapter")
+        load_model(adapter)
 
 
-def test_an_adapter_of_another_network_is_named(hf, tmp_path: Path):
+def test_an_adapter_of_another_network_is_named(adapter, tmp_path: Path):
     """Its layers are not there, or of another width."""
-    peft_adapter(hf, tmp_path / "adapter")
     other = originals.write_family(tmp_path / "other", "phi3_300m")
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    change_adapter(adapter, base_model_name_or_path=str(other))
     with pytest.raises(CheckpointError, match="q_proj"):
-        load_model(tmp_path / "adapter")
+        load_model(adapter)

@@ -30,8 +30,8 @@ from ivl_lightning.cli.convert import convert
 from ivl_lightning.config.schema import ModelConfig
 from ivl_lightning.conversion.native_forward import forward
 from ivl_lightning.conversion.write import write_checkpoint
-from ivl_lightning.models.assembly import JOINT, LANGUAGE, TOWER
-from ivl_lightning.models.build import build_model, load_model, open_model
+from ivl_lightning.models.assembly import JOINT, LANGUAGE, TOWER, Sources, open_sources
+from ivl_lightning.models.build import build_model, load_model
 from ivl_lightning.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_lightning.models.original_config import is_transposed, record
 from ivl_lightning.models.parts import text_config, tile_size
@@ -277,19 +277,29 @@ def test_a_projector_that_is_given_nowhere_is_new(tmp_path: Path):
     check_new_projector(load_model(vision=QWEN2, language_model=QWEN2))
 
 
-def test_what_the_base_says_of_images_stays(tmp_path: Path):
-    """Its language model is another now; how pictures are cut, pixel shuffle's version and the template are not."""
-    settings = {"max_dynamic_patch": 5, "use_thumbnail": False, "template": "Hermes-2", "ps_version": "v1"}
-    base = originals.copy_golden("qwen2_vit300m", tmp_path / "base", **settings)
-    checkpoint = open_model(base, language_model=INTERNLM2)
-    assert is_transposed(checkpoint.config)
-    assert {key: record(checkpoint.config)[key] for key in settings} == settings
-    assert record(checkpoint.config)["llm_config"]["architectures"] == ["InternLM2ForCausalLM"]
+def of_another_language(folder: Path, **settings: Any) -> Checkpoint:
+    """A base with these settings whose language model is replaced."""
+    return open_model(originals.copy_golden("qwen2_vit300m", folder, **settings), language_model=INTERNLM2)
+
+
+def test_template_and_pixel_shuffle_of_the_base_stay(tmp_path: Path):
+    """Its language model is another now; what its projector and data were trained with is not."""
+    config = of_another_language(tmp_path / "base", template="Hermes-2", ps_version="v1").config
+    assert is_transposed(config)
+    assert record(config)["template"] == "Hermes-2"
+    assert record(config)["llm_config"]["architectures"] == ["InternLM2ForCausalLM"]
+
+
+def test_how_the_base_cuts_pictures_stays(tmp_path: Path):
+    """As far as a language model can tell, pictures are what they were."""
+    settings = {"max_dynamic_patch": 5, "use_thumbnail": False, "min_dynamic_patch": 2, "pad2square": True}
+    found = record(of_another_language(tmp_path / "base", **settings).config)
+    assert {key: found[key] for key in settings} == settings
 
 
 def test_the_base_keeps_its_tokenizer_with_its_language_model(tmp_path: Path):
     """A tower or projector has none, so nothing speaks against the one that belongs to the language model."""
-    checkpoint = open_model(QWEN2, vision=bare_tower(tmp_path / "vit"))
+    checkpoint = open_sources(Sources(path=QWEN2, vision=bare_tower(tmp_path / "vit")))
     assert checkpoint.tokenizer is not None
     assert checkpoint.config.image_token_id == originals.golden("qwen2_vit300m").image_token_id
 
@@ -326,7 +336,7 @@ def test_positions_of_another_tile(origin, size, tmp_path: Path):
 
 def test_a_resized_tower_computes_what_the_original_does(tmp_path: Path):
     """The original resizes at every pass where a tile is not of the trained size; written, it is trained size now."""
-    checkpoint = open_model(QWEN2, image_size=112)
+    checkpoint = open_sources(Sources(path=QWEN2, image_size=112))
     report = write_checkpoint(checkpoint, originals.settings(QWEN2, tmp_path / "target", layout="original"))
     assert not report.faults
     assert report.logits[0].image_features is not None
@@ -449,7 +459,7 @@ def test_an_assembled_model_in_the_originals_layout(language, tmp_path: Path):
         folder = tmp_path / "llm"
     torch.manual_seed(2)
     parts = {"vision": bare_tower(tmp_path / "vit"), "language_model": folder, "template": "internlm2-chat"}
-    checkpoint = with_tokenizer(open_model(None, **parts))
+    checkpoint = with_tokenizer(open_sources(Sources(**parts)))
     report = write_checkpoint(checkpoint, originals.settings(QWEN2, tmp_path / "target", layout="original"))
     assert not report.faults
     assert [entry.probe for entry in report.logits] == ["image", "text"]
@@ -465,14 +475,14 @@ def test_an_assembled_model_in_the_originals_layout(language, tmp_path: Path):
 def test_an_assembled_model_without_a_tokenizer_is_written(tmp_path: Path):
     """No id stands for image features yet: it is chosen with the tokenizer, and the weights can be proven without."""
     parts = {"vision": bare_tower(tmp_path / "vit"), "language_model": bare_language(tmp_path / "llm")}
-    report = write_checkpoint(open_model(None, **parts), originals.settings(QWEN2, tmp_path / "target"))
+    report = write_checkpoint(open_sources(Sources(**parts)), originals.settings(QWEN2, tmp_path / "target"))
     assert not report.faults
 
 
 def test_a_language_model_that_the_original_does_not_know(tmp_path: Path):
     """Only transformers' layout can hold it; the message says so."""
     random_causal("qwen3", head_dim=8).save_pretrained(tmp_path / "llm")
-    checkpoint = open_model(None, vision=QWEN2, language_model=tmp_path / "llm")
+    checkpoint = open_sources(Sources(vision=QWEN2, language_model=tmp_path / "llm"))
     assert not record(checkpoint.config)
     with pytest.raises(CheckpointError, match=r"model_type 'qwen3', for which the original .*use layout=hf"):
         write_checkpoint(checkpoint, originals.settings(QWEN2, tmp_path / "target", layout="original"))

@@ -427,7 +427,8 @@ def test_rope_scaling_has_two_fields(kind):
 SMALL = st.integers(min_value=1, max_value=64)
 RATE = st.floats(min_value=0.0, max_value=0.5)
 VISION_VALUES = {
-    "num_attention_heads": SMALL,
+    # Divisors of the width, 24.
+    "num_attention_heads": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]),
     "intermediate_size": SMALL,
     "num_hidden_layers": SMALL,
     "hidden_act": st.sampled_from(["gelu", "silu"]),
