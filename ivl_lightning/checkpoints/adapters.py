@@ -74,9 +74,9 @@ def adapter_base(folder: Path) -> Path:
     """
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     base = Path(str(named))
-    if not named or not base.is_dir():
+    if not named or not base.is_dir() or base.resolve() == folder.resolve():
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} names the base model {named!r}, which is no folder here: set "
+            f"{folder / ADAPTER_CONFIG} names the base model {named!r}, which is no other folder here: set "
             "base_model_name_or_path there to the folder that holds it"
         )
     return base

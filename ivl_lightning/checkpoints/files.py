@@ -117,6 +117,11 @@ class _SafetensorsFile:
             self._names = list(self._open.offset_keys())
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged or cut short ({error}): fetch it again") from error
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{file} cannot be mapped into memory ({_first_line(error)}): raise the limit on address space "
+                "(ulimit -v), or take a checkpoint in shards"
+            ) from error
 
     def names(self) -> list[str]:
         return self._names

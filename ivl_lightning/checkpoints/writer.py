@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,11 +135,7 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={target} exists: give another folder, or overwrite=true to replace it")
     aside = target.with_name(f".{target.name}.partial")
-    _remove(aside)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise DiskError(f"{target} cannot be written ({error.strerror}): choose another folder") from error
+    claim = _claimed(aside, target)
     try:
         yield aside
         replace_folder(aside, target)
@@ -147,6 +145,32 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         _remove(aside)
+        os.close(claim)
+
+
+def _claimed(aside: Path, target: Path) -> int:
+    """Make the folder aside and lock it; what a command that was killed left there is removed."""
+    try:
+        if aside.exists():
+            os.close(_locked(aside, target))
+        _remove(aside)
+        aside.mkdir(parents=True)
+        return _locked(aside, target)
+    except OSError as error:
+        raise DiskError(f"{target} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def _locked(folder: Path, target: Path) -> int:
+    """An open folder that no other process writes to; the system takes the lock back when this one ends."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise ValueError(
+            f"target={target} is being written by another command: wait for it, or give another folder"
+        ) from None
+    return opened
 
 
 def replace_folder(new: Path, target: Path) -> None:

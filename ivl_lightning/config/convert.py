@@ -19,7 +19,7 @@ class WriteConfig(Strict):
         target: folder to be written; must not exist, or be empty.
         layout: `hf` is transformers' own, `original` that of the first releases, which LMDeploy and vLLM know as well.
         dtype: floating-point tensors are cast to it; null keeps each as it is.
-        template: chat template, where the source does not name its own.
+        template: chat template; null takes the source's own, else `internvl2_5`.
         shard_gb: gigabytes of a weight file at most.
         overwrite: replace a target that exists, once the new one is complete.
         logits: compare the outputs of source and target too; takes a forward pass of each.

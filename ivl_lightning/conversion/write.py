@@ -24,7 +24,7 @@ from ivl_lightning.conversion.processor_files import check_vocabulary, write_pro
 from ivl_lightning.data.templates import stop_ids, template_of
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, table_of
-from ivl_lightning.models.original_config import image_settings, is_transposed, record, to_original
+from ivl_lightning.models.original_config import image_settings, is_transposed, keep_record, to_original
 from ivl_lightning.models.parts import text_config
 from ivl_lightning.models.streaming import empty_model
 from ivl_lightning.models.tokenizer import filler_id
@@ -77,9 +77,12 @@ def write_checkpoint(
         ValueError: the target exists, or the tokenizer does not fit the model.
     """
     target, dtype = Path(config.target), None if config.dtype is None else getattr(torch, config.dtype)
-    kept = target.with_name(f"{target.name}.{PARITY_NAME}")
+    if config.template is not None:
+        keep_record(checkpoint.config, config.template)
     _check_apart(checkpoint, target)
+    kept = target.with_name(f"{target.name}.{PARITY_NAME}")
     _check_whole(checkpoint)
+    tokenizer = _checked_tokenizer(checkpoint)
     tensors = Cast(_as_layout(checkpoint, config.layout), dtype)
     size = total_bytes(tensors)
     check_space(target, size)
@@ -91,7 +94,7 @@ def write_checkpoint(
                 shard_bytes=int(config.shard_gb * 1e9),
                 advance=_megabytes(bar, config.target),
             )
-        notes = write_companions(checkpoint, aside, config.layout, template=config.template, dtype=dtype)
+        notes = write_companions(checkpoint, aside, config.layout, tokenizer, dtype=dtype)
         with PassProgress("comparing", "MB", size // _MB, show=config.progress_bar) as bar:
             report = compare(
                 checkpoint,
@@ -128,7 +131,7 @@ def write_trained(checkpoint: Checkpoint, folder: Path) -> None:
     layout: Layout = "original" if is_transposed(checkpoint.config) else "hf"
     with written_aside(folder, overwrite=True) as aside:
         write_weights(_as_layout(checkpoint, layout), aside)
-        write_companions(checkpoint, aside, layout, template=None, dtype=None)
+        write_companions(checkpoint, aside, layout, _checked_tokenizer(checkpoint), dtype=None)
 
 
 def _megabytes(bar: PassProgress, name: str) -> Any:
@@ -145,11 +148,15 @@ def _megabytes(bar: PassProgress, name: str) -> Any:
 
 def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
     """Nothing that is read may lie where the target is to be: replacing it would take the source away."""
+    if not target.name or target.name == "..":
+        raise ValueError(f"target={target} has no name of its own: give a folder that is to be made")
     place = target.resolve()
     if place == checkpoint.folder.resolve():
         raise ValueError(f"target={target} is the folder that is read: give another one")
     files = {checkpoint.tensors.where(name) for name in checkpoint.tensors.names()}
-    inside = [file for file in sorted(files) if Path(file).absolute().is_relative_to(place)]
+    # As they are named, and where links lead.
+    paths = {path for file in files for path in (Path(file).absolute(), Path(file).resolve())}
+    inside = [path for path in sorted(paths) if path.is_relative_to(place)]
     if inside or checkpoint.folder.resolve().is_relative_to(place):
         raise ValueError(
             f"target={target} holds the source, or its base ({inside[0] if inside else checkpoint.folder}): give "
@@ -158,11 +165,21 @@ def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _check_whole(checkpoint: Checkpoint) -> None:
-    model = empty_model(
-        checkpoint.config, dtype=torch.float32, attention={"text_config": "sdpa", "vision_config": "sdpa"}
-    )
+    attention = {"text_config": "sdpa", "vision_config": "sdpa"}
+    described_by = str(checkpoint.folder / CONFIG_NAME)
+    model = empty_model(checkpoint.config, dtype=torch.float32, attention=attention, described_by=described_by)
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    check_complete(checkpoint.tensors, shapes, str(checkpoint.folder / CONFIG_NAME))
+    check_complete(checkpoint.tensors, shapes, described_by)
+
+
+def _checked_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, which must fit the model, and a template that is known: before hours of writing."""
+    _template(checkpoint)
+    if checkpoint.tokenizer is None:
+        return None
+    tokenizer = checkpoint.tokenizer()
+    check_vocabulary(tokenizer, checkpoint.config)
+    return tokenizer
 
 
 def _as_layout(checkpoint: Checkpoint, layout: Layout) -> TensorSource:
@@ -177,7 +194,12 @@ def _as_layout(checkpoint: Checkpoint, layout: Layout) -> TensorSource:
 
 
 def write_companions(
-    checkpoint: Checkpoint, folder: Path, layout: Layout, *, template: str | None, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    folder: Path,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    dtype: torch.dtype | None,
 ) -> list[str]:
     """Write all that lies beside the weights: configurations, tokenizer, image settings, chat template, code.
 
@@ -185,7 +207,7 @@ def write_companions(
         checkpoint: whose they are.
         folder: to be written to.
         layout: of the folder.
-        template: chat template where the checkpoint names none.
+        tokenizer: of the checkpoint.
         dtype: of the written weights; None where each tensor kept its own.
 
     Returns:
@@ -195,12 +217,8 @@ def write_companions(
         ValueError: the tokenizer does not fit the model, or the template is not known.
     """
     settings = image_settings(checkpoint.config)
-    chosen = _template(checkpoint, template)
-    if checkpoint.tokenizer is None:
-        tokenizer, notes = None, ["the source has no tokenizer, so the target has none"]
-    else:
-        tokenizer, notes = checkpoint.tokenizer(), []
-        check_vocabulary(tokenizer, checkpoint.config)
+    chosen = _template(checkpoint)
+    notes = ["the source has no tokenizer, so the target has none"] if tokenizer is None else []
     copied = layout == "original" and checkpoint.original is not None
     stored = dtype or _stored_dtype(checkpoint.tensors)
     _write_config(checkpoint, folder, layout, template=chosen, dtype=stored)
@@ -225,11 +243,9 @@ def write_companions(
     return notes
 
 
-def _template(checkpoint: Checkpoint, given: str | None) -> str:
-    """The checkpoint's own, else the given one."""
-    own = record(checkpoint.config).get("template")
+def _template(checkpoint: Checkpoint) -> str:
     try:
-        return template_of(None if own else given, checkpoint.config)
+        return template_of(None, checkpoint.config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder / CONFIG_NAME}: {error}") from error
 

@@ -133,11 +133,11 @@ def template_of(given: str | None, config: InternVLConfig | None) -> str:
     where, name = ("model.template", given) if given is not None else ("the checkpoint's config.json", own)
     if name is None:
         return DEFAULT_TEMPLATE
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         raise ValueError(
             f"{where} names the chat template {name!r}, which is not known: use one of {', '.join(TEMPLATES)}"
         )
-    return str(name)
+    return name
 
 
 def get_template(name: str) -> Template:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, InternVLConfig, InternVLVisionConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from ivl_lightning.checkpoints.files import open_file, open_folder
 from ivl_lightning.checkpoints.key_map import INTERNLM2, PROJECTOR, VISION, KeyTable, key_table
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource, listed, renamed
 from ivl_lightning.checkpoints.views import AsNative, is_computed
+from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
 from ivl_lightning.models.checkpoint import (
     CONFIG_NAME,
     Checkpoint,
+    generation_in,
     open_checkpoint,
     read_config_values,
+    tokenizer_in,
     untied,
 )
 from ivl_lightning.models.original_config import (
@@ -55,11 +66,16 @@ class Tower(NamedTuple):
 
 
 class Language(NamedTuple):
-    """A language model: configuration, the original's class for it if there is one, tensors with native names."""
+    """A language model: configuration, tensors with native names, the original's class for it if there is one.
+
+    Its tokenizer and settings of generation go with it.
+    """
 
     config: PreTrainedConfig
-    original_class: str | None
     tensors: TensorSource
+    original_class: str | None
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None
+    generation: GenerationConfig | None
 
 
 def open_tower(path: str | Path) -> Tower:
@@ -98,15 +114,17 @@ def open_language(path: str | Path) -> Language:
     if values.get("model_type") in _INTERNVL_TYPES:
         whole = open_checkpoint(folder)
         name = native_language_class(whole.config) if has_original_class(whole.config) else None
-        return Language(text_config(whole.config), name, _only(whole.tensors, *LANGUAGE))
+        tensors = _only(whole.tensors, *LANGUAGE)
+        return Language(text_config(whole.config), tensors, name, whole.tokenizer, whole.generation)
+    beside = tokenizer_in(folder), generation_in(folder)
     if first_architecture(values) == INTERNLM2:
         config = language_from_original(values, file)
         table = key_table(INTERNLM2, config.num_attention_heads, config.num_key_value_heads)
         tensors = renamed(open_folder(folder), lambda name: f"language_model.{name}")
-        return Language(config, language_class(values, file), AsNative(tensors, table))
+        return Language(config, AsNative(tensors, table), language_class(values, file), *beside)
     # Names of a causal language model in transformers: `model.` and its head.
     tensors = renamed(open_folder(folder), _causal_name)
-    return Language(_known_language(values, file), None, untied(tensors, values))
+    return Language(_known_language(values, file), untied(tensors, values), None, *beside)
 
 
 def open_projector(path: str | Path) -> TensorSource:
@@ -179,13 +197,23 @@ def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
     tensors = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
     tensors.append(_projector(sources.projector, config, tensors))
     _keep_record(config, base, language, sources.template)
+    speaker = language or base
+    assert speaker is not None
+    _take_image_token(config, speaker.tokenizer)
     return Checkpoint(
         folder=base.folder if base is not None else Path(str(sources.vision)),
         config=config,
         tensors=Combined(tensors),
-        tokenizer=None if base is None else base.tokenizer,
-        generation=None if base is None else base.generation,
+        tokenizer=speaker.tokenizer,
+        generation=speaker.generation,
     )
+
+
+def _take_image_token(config: InternVLConfig, tokenizer: Callable[[], PreTrainedTokenizerBase] | None) -> None:
+    """The id that stands for image features, where the tokenizer has one; a bare language model has none yet."""
+    found = None if tokenizer is None else tokenizer().get_vocab().get(IMAGE_CONTEXT_TOKEN)
+    if found is not None:
+        config.image_token_id = found
 
 
 def with_image_size(checkpoint: Checkpoint, image_size: int | None) -> Checkpoint:

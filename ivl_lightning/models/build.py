@@ -196,8 +196,9 @@ def _filled(
     attention: str,
     device_of: Callable[[str], torch.device] = lambda _: torch.device("cpu"),
 ) -> InternVLForConditionalGeneration:
-    model = empty_model(checkpoint.config, dtype=dtype, attention=_attention(attention))
-    fill(model, checkpoint.tensors, described_by=str(checkpoint.folder / CONFIG_NAME), device_of=device_of)
+    described_by = str(checkpoint.folder / CONFIG_NAME)
+    model = empty_model(checkpoint.config, dtype=dtype, attention=_attention(attention), described_by=described_by)
+    fill(model, checkpoint.tensors, described_by=described_by, device_of=device_of)
     if checkpoint.generation is not None:
         model.generation_config = checkpoint.generation
     model.config._name_or_path = str(checkpoint.folder)

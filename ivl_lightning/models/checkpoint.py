@@ -18,7 +18,8 @@ from ivl_lightning.checkpoints.source import CheckpointError, Combined, Renamed,
 from ivl_lightning.checkpoints.views import AsNative
 from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
 from ivl_lightning.models.original_config import ORIGINAL_TYPE, built, from_original, native_language_class
-from ivl_lightning.models.parts import text_config
+from ivl_lightning.models.parts import patch_size, text_config, tile_size
+from ivl_lightning.models.positions import ResizedPositions
 from ivl_lightning.models.tokenizer import has_tokenizer, image_token_id, load_tokenizer
 
 Layout: TypeAlias = Literal["original", "hf"]
@@ -74,20 +75,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_adapted(folder)
     values = read_config_values(folder)
     config = config_of(values, folder)
-    tokenizer, generation = _tokenizer_in(folder), _generation_in(folder)
+    tokenizer, generation = tokenizer_in(folder), generation_in(folder)
     if layout_of(values, folder) == "hf":
         tensors = renamed(open_folder(folder), native_name)
         return Checkpoint(folder, config, untied(tensors, values), tokenizer=tokenizer, generation=generation)
     original = Original(values, _merged_original(open_folder(folder)))
     if tokenizer is not None:
         config.image_token_id = _image_token_id(folder, tokenizer())
-    return Checkpoint(folder, config, AsNative(original.tensors, table_of(config)), original, tokenizer, generation)
+    native = _at_tile_size(AsNative(original.tensors, table_of(config)), config, values)
+    return Checkpoint(folder, config, native, original, tokenizer, generation)
+
+
+def _at_tile_size(tensors: TensorSource, config: InternVLConfig, values: Mapping[str, Any]) -> TensorSource:
+    """Positions for the size that `force_image_size` asks for; the original resizes them whenever they are used."""
+    side = tile_size(config)
+    if values["vision_config"].get("image_size", side) == side:
+        return tensors
+    return ResizedPositions(tensors, side // patch_size(config))
 
 
 def _open_adapted(folder: Path) -> Checkpoint:
     base = open_checkpoint(adapter_base(folder))
     tensors = Merged(Combined([base.tensors, open_adapter(folder)]), adapter_scale(folder))
-    tokenizer = _tokenizer_in(folder) or base.tokenizer
+    tokenizer = tokenizer_in(folder) or base.tokenizer
     return Checkpoint(folder, base.config, tensors, tokenizer=tokenizer, generation=base.generation)
 
 
@@ -117,11 +127,17 @@ def tokenizer_folder(path: str | Path) -> Path:
     return adapter_base(folder) if is_adapter(folder) and not has_tokenizer(folder) else folder
 
 
-def _tokenizer_in(folder: Path) -> Callable[[], PreTrainedTokenizerBase] | None:
+def tokenizer_in(folder: Path) -> Callable[[], PreTrainedTokenizerBase] | None:
+    """Loads the tokenizer of a folder; None where there is none."""
     return partial(load_tokenizer, folder) if has_tokenizer(folder) else None
 
 
-def _generation_in(folder: Path) -> GenerationConfig | None:
+def generation_in(folder: Path) -> GenerationConfig | None:
+    """The settings of generation of a folder, if it has some.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
     file = folder / GENERATION_CONFIG_NAME
     if not file.is_file():
         return None

@@ -59,6 +59,7 @@ _MODEL_TYPES: Final = {
     "Phi3ForCausalLM": "phi3",
 }
 _REQUIRED: Final = object()
+_NULLABLE: Final = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class _Field(NamedTuple):
@@ -173,6 +174,8 @@ def from_original(config: Mapping[str, Any], file: Path) -> InternVLConfig:
     """
     language, vision = _part(config, "llm_config", file), _part(config, "vision_config", file)
     tile = config.get("force_image_size") or vision.get("image_size", 224)
+    sizes = {"force_image_size": tile, "image_size": vision.get("image_size", 224)}
+    _check_counts(sizes, ("force_image_size", "image_size"), file)
     _check_choice("ps_version", config.get("ps_version", "v1"), file)
     ratio = config.get("downsample_ratio", 0.5)
     tower = vision_from_original({**vision, "image_size": tile}, file)
@@ -199,7 +202,7 @@ def vision_from_original(vision: Mapping[str, Any], file: Path) -> InternVLVisio
     """
     values = _to_native(_VISION, vision, file)
     _check_choice("norm_type", values["norm_type"], file)
-    _check_counts(values, ("patch_size", "hidden_size", "num_attention_heads"), file)
+    _check_counts(values, ("patch_size", "hidden_size", "num_attention_heads", "num_hidden_layers"), file)
     _check_known("hidden_act", values["hidden_act"], ACT2FN, file)
     if values["hidden_size"] % values["num_attention_heads"]:
         raise CheckpointError(
@@ -388,16 +391,25 @@ def _to_native(fields: tuple[_Field, ...], values: Mapping[str, Any], file: Path
     missing = [field.original for field in fields if field.default is _REQUIRED and field.original not in values]
     if missing:
         raise CheckpointError(f"{file} does not give {', '.join(missing)}: fetch it again")
+    nulls = [field.original for field in fields if _is_lost(field, values)]
+    if nulls:
+        raise CheckpointError(f"{file}: {', '.join(nulls)} must not be null: fetch it again")
     return {field.native: values.get(field.original, field.default) for field in fields}
 
 
+def _is_lost(field: _Field, values: Mapping[str, Any]) -> bool:
+    """Whether a file says null where its class needs a value."""
+    may_be_null = field.default is None or field.original in _NULLABLE
+    return field.original in values and values[field.original] is None and not may_be_null
+
+
 def _rope_from_original(language: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    scaling, theta = language.get("rope_scaling") or {}, language.get("rope_theta", 10000.0)
-    if not isinstance(scaling, Mapping) or not isinstance(theta, (int, float)):
+    scaling, theta = language.get("rope_scaling"), language.get("rope_theta", 10000.0)
+    if not isinstance(scaling, Mapping | None) or not isinstance(theta, (int, float)):
         raise CheckpointError(
             f"{file}: rope_scaling={scaling!r} must be null or a mapping, rope_theta={theta!r} a number: fetch it again"
         )
-    scaling = dict(scaling)
+    scaling = dict(scaling or {})
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     rope = {"rope_type": _ROPE_NAMES.get(kind, kind), "rope_theta": theta, **scaling}
@@ -423,18 +435,19 @@ def _rope_to_original(language: PreTrainedConfig) -> dict[str, Any]:
 
 def _check_layer(config: InternVLConfig, file: Path) -> None:
     layer, layers = config.vision_feature_layer, vision_config(config).num_hidden_layers
-    if not -layers - 1 <= layer <= layers:
+    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
         raise CheckpointError(f"{file}: select_layer={layer}, but the vision tower has {layers} layers")
 
 
 def _check_counts(values: Mapping[str, Any], keys: tuple[str, ...], file: Path) -> None:
     for key in keys:
-        if not isinstance(values[key], int) or values[key] < 1:
-            raise CheckpointError(f"{file}: {key}={values[key]!r} must be a whole number above 0: fetch the file again")
+        value = values.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{file}: {key}={value!r} must be a whole number above 0: fetch the file again")
 
 
 def _check_known(key: str, value: object, known: Collection[str], file: Path) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise CheckpointError(f"{file}: {key}={value!r} is not known here; known are {', '.join(sorted(known))}")
 
 

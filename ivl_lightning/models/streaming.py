@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from ivl_lightning.checkpoints.source import TensorSource
+from ivl_lightning.checkpoints.source import CheckpointError, TensorSource
 from ivl_lightning.checkpoints.views import check_complete
 from ivl_lightning.models.projector import choose_projector
 
@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 
 def empty_model(
-    config: InternVLConfig, *, dtype: torch.dtype, attention: dict[str, str]
+    config: InternVLConfig, *, dtype: torch.dtype, attention: dict[str, str], described_by: str = "the configuration"
 ) -> InternVLForConditionalGeneration:
     """The network without memory for its weights.
 
@@ -25,10 +25,17 @@ def empty_model(
         config: its shapes.
         dtype: of its parameters.
         attention: implementation of each part, by transformers' names.
+        described_by: where the configuration is from, for messages.
+
+    Raises:
+        CheckpointError: no network can be built from these values.
     """
     # Buffers get their values: no checkpoint holds them (rotary frequencies, scales of embeddings).
-    with init_empty_weights(include_buffers=False):
-        model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    except Exception as error:  # whatever the library stumbles over, a value that makes no sense is the cause
+        raise CheckpointError(f"{described_by}: no network can be built from it: {error!r}") from error
     choose_projector(model)
     return model
 

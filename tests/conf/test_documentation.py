@@ -14,8 +14,8 @@ import pytest
 from ivl_lightning.config import schema
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.chat import ChatConfig, ChatModel
-from ivl_lightning.config.convert import ConvertConfig, ExportConfig
 from ivl_lightning.config.check import unknown_key
+from ivl_lightning.config.convert import ConvertConfig, ExportConfig
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.data.exclusion import EXCLUDED
 

@@ -526,6 +526,14 @@ def test_a_file_of_links(source: Path, target: Path, tmp_path: Path):
 # -- configurations and tokenizers --------------------------------------------------------------------------------
 
 
+def test_a_tile_size_that_the_positions_do_not_have(source: Path, target: Path):
+    """`force_image_size` 84 with a table for 56 pixels: the original resizes the table whenever it is used."""
+    originals.change_config(source, force_image_size=84)
+    report = convert(originals.settings(source, target))
+    assert not report.faults
+    assert report.logits[0].tokens > 9  # 84 / 14 / 2 = 3 tokens a side
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -548,7 +556,6 @@ def test_a_file_of_links(source: Path, target: Path, tmp_path: Path):
         ({"vision_config": {"norm_type": "group_norm"}}, ["norm_type='group_norm'", "layer_norm, rms_norm"]),
         ({"vision_config": {"qk_normalization": True}}, ["attention.q_norm.weight"]),
         ({"vision_config": {"hidden_act": "swishish"}}, ["config.json", "hidden_act"]),
-        ({"force_image_size": 448}, ["position_embeddings", "(1, 17, 64)", "(1, 1025, 64)"]),
         ({"downsample_ratio": 0.25}, ["(256,)", "(1024,)"]),
         ({"ps_version": "v3"}, ["ps_version='v3'", "v1, v2"]),
         ({"template": "parrot"}, ["config.json", "'parrot'", "internvl2_5"]),
@@ -560,6 +567,33 @@ def test_a_config_that_is_wrong(changes, words, target: Path, tmp_path: Path):
     """File and field or tensor are named, whoever found it."""
     source = originals.copy_golden("internlm2_vit300m", tmp_path / "source", **changes)
     says(refused(source, target), source, *words)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("llm_config", "hidden_size", None),
+        ("llm_config", "num_attention_heads", "six"),
+        ("llm_config", "intermediate_size", -1),
+        ("llm_config", "vocab_size", 0),
+        ("llm_config", "rms_norm_eps", None),
+        ("llm_config", "rope_scaling", []),
+        ("llm_config", "hidden_act", ["silu"]),
+        ("vision_config", "image_size", "large"),
+        ("vision_config", "num_channels", -1),
+        ("vision_config", "intermediate_size", -1),
+        (None, "select_layer", []),
+        (None, "template", ["internvl2_5"]),
+        (None, "force_image_size", "large"),
+        (None, "downsample_ratio", 0),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_a_mistake_in_the_file(section, field, value, source: Path, target: Path):
+    """Whatever it is: the file is named, and no error of Python's or the library's own gets out."""
+    config = originals.read_config(source)
+    (config[section] if section else config)[field] = value
+    (source / "config.json").write_text(json.dumps(config))
+    says(refused(source, target), source / "config.json")
 
 
 @pytest.mark.parametrize("section", ["llm_config", "vision_config"])
@@ -774,12 +808,14 @@ def test_the_source_is_never_inside_the_target(tmp_path: Path):
     assert contents(models) == before
 
 
-def test_an_adapters_base_is_never_the_target(tmp_path: Path):
-    """It is read too, and other adapters belong to it."""
+@pytest.mark.parametrize("named", ["base", "link"])
+def test_an_adapters_base_is_never_the_target(named: str, tmp_path: Path):
+    """It is read too, and other adapters belong to it; the adapter may know it by a link."""
+    (tmp_path / "link").symlink_to(tmp_path / "base")
     base = tmp_path / "base"
     convert(originals.settings(QWEN2, base, logits=False))
     (tmp_path / "adapter").mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(tmp_path / named)}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
     layer = "base_model.model.model.language_model.layers.0.mlp.up_proj"
     tensors = {f"{layer}.lora_A.weight": torch.ones(2, 48), f"{layer}.lora_B.weight": torch.ones(112, 2)}
@@ -795,6 +831,16 @@ def test_a_target_below_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises((ValueError, DiskError), match=str(tmp_path / "file/target")):
         convert(originals.settings(QWEN2, tmp_path / "file/target"))
+
+
+@pytest.mark.parametrize("written", [".", "..", "/"])
+def test_a_target_without_a_name_of_its_own(written: str, tmp_path: Path, monkeypatch):
+    """Nothing can take its name; the setting is named."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=f"target={written}"):
+        convert(originals.settings(QWEN2, Path(written)))
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written():

@@ -279,7 +279,8 @@ def test_a_projector_that_is_given_nowhere_is_new(tmp_path: Path):
 
 def of_another_language(folder: Path, **settings: Any) -> Checkpoint:
     """A base with these settings whose language model is replaced."""
-    return open_model(originals.copy_golden("qwen2_vit300m", folder, **settings), language_model=INTERNLM2)
+    base = originals.copy_golden("qwen2_vit300m", folder, **settings)
+    return open_sources(Sources(path=base, language_model=INTERNLM2))
 
 
 def test_template_and_pixel_shuffle_of_the_base_stay(tmp_path: Path):
@@ -302,6 +303,13 @@ def test_the_base_keeps_its_tokenizer_with_its_language_model(tmp_path: Path):
     checkpoint = open_sources(Sources(path=QWEN2, vision=bare_tower(tmp_path / "vit")))
     assert checkpoint.tokenizer is not None
     assert checkpoint.config.image_token_id == originals.golden("qwen2_vit300m").image_token_id
+
+
+def test_another_language_model_brings_its_own_tokenizer():
+    """The base's gives ids of other words: its 411 would all have a row among the 450, and nothing would complain."""
+    checkpoint = open_sources(Sources(path=INTERNLM2, language_model=QWEN2))
+    assert checkpoint.tokenizer is None or len(checkpoint.tokenizer()) == 445
+    assert checkpoint.config.image_token_id != originals.golden("internlm2_vit300m").image_token_id
 
 
 # -- positions for tiles of another size --------------------------------------------------------------------------
