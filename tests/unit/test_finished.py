@@ -83,7 +83,7 @@ def test_other_input_weights_are_noticed(tmp_path):
 
 
 def test_weights_hash_follows_content_and_names(tmp_path):
-    with pytest.raises(ConfigError, match="holds no safetensors"):
+    with pytest.raises(ConfigError, match="holds no weights"):
         weights_hash(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"one")
     first = weights_hash(tmp_path)
