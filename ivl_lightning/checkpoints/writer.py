@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,9 +49,15 @@ def write_weights(
     sizes = {name: source.meta(name).nbytes for name in source.names()}
     shards = _shards(sizes, shard_bytes)
     names = _file_names(len(shards))
-    for file, shard in zip(names, shards, strict=True):
-        _save(_unshared({name: source.read(name).contiguous() for name in shard}), folder / file)
-        advance(sum(sizes[name] for name in shard))
+    # A shard goes to the disk while the next one is put together, so that what takes its name in the end lies there.
+    with ThreadPoolExecutor(max_workers=1) as flusher:
+        flushed = []
+        for file, shard in zip(names, shards, strict=True):
+            _save(_unshared({name: source.read(name).contiguous() for name in shard}), folder / file)
+            flushed.append(flusher.submit(_flush, folder / file))
+            advance(sum(sizes[name] for name in shard))
+        for done in flushed:
+            done.result()
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
@@ -99,6 +106,14 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
         raise DiskError(f"{file} cannot be written ({error}): make room, or choose another folder") from error
     # The library makes files that only their owner may read.
     file.chmod(0o644)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        try:
+            os.fsync(stream.fileno())
+        except OSError as error:
+            raise DiskError(f"{file} cannot be written ({error.strerror}): look at the disk") from error
 
 
 def check_space(folder: Path, needed: int) -> None:
