@@ -15,7 +15,17 @@ from ivl_lightning.checkpoints.source import CheckpointError, TensorSource, rena
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PEFT_PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+_UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "target_parameters",
+    "trainable_token_indices",
+)
 
 
 class Merged:
@@ -73,8 +83,9 @@ def adapter_base(folder: Path) -> Path:
         CheckpointError: it is not named, or not there.
     """
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = Path(str(named))
-    if not named or not base.is_dir() or base.resolve() == folder.resolve():
+    # Relative to where the command runs, as peft has it, or to the adapter.
+    base = next((place for place in (Path(str(named)), folder / str(named)) if place.is_dir()), None)
+    if not named or base is None or base.resolve() == folder.resolve():
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names the base model {named!r}, which is no other folder here: set "
             "base_model_name_or_path there to the folder that holds it"
@@ -98,7 +109,12 @@ def adapter_scale(folder: Path) -> float:
             f"{folder / ADAPTER_CONFIG}: only plain LoRA can be merged here, this is {config.get('peft_type')} with "
             f"{', '.join(strange) or 'no further options'}: merge it with peft"
         )
-    return float(config["lora_alpha"]) / float(config["r"])
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: r={rank!r} and lora_alpha={alpha!r} must be numbers, r above 0"
+        )
+    return float(alpha) / rank
 
 
 def open_adapter(folder: Path) -> TensorSource:

@@ -14,7 +14,8 @@ from typing import Final
 from ivl_lightning.checkpoints.splits import GroupedRows, RowBlocks, Split, Whole
 
 INTERNLM2: Final = "InternLM2ForCausalLM"
-SAME_NAMES: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
+PHI3: Final = "Phi3ForCausalLM"
+SAME_NAMES: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", PHI3)
 """Language models whose tensors transformers' own class takes as they are."""
 
 _PLACEHOLDERS = {"n": r"\d+", "kind": "weight|bias", "rest": ".+"}

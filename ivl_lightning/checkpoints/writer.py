@@ -20,6 +20,7 @@ from ivl_lightning.checkpoints.files import INDEX_SUFFIX, SAFETENSORS
 from ivl_lightning.checkpoints.source import TensorSource
 
 SHARD_BYTES = 5_000_000_000
+_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _RESERVE = 1.01
 """Over the bytes of the weights: headers, tokenizer, a file system's own needs."""
 
@@ -149,17 +150,20 @@ def written_aside(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={target} exists: give another folder, or overwrite=true to replace it")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ValueError(f"target={target} is no folder of a checkpoint (it has no config.json) and is not replaced")
     aside = target.with_name(f".{target.name}.partial")
     claim = _claimed(aside, target)
     try:
         yield aside
         replace_folder(aside, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except BaseException as error:
+        # Behind a success another command may have begun to write there.
+        _remove(aside)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskError(f"{target} cannot be written ({error.strerror}): make room") from error
         raise
     finally:
-        _remove(aside)
         os.close(claim)
 
 
@@ -180,8 +184,13 @@ def _locked(folder: Path, target: Path) -> int:
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        # Network file systems lock files and not folders, or nothing: there two commands are not kept apart.
+        if error.errno in _NO_LOCKS:
+            return opened
         os.close(opened)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
         raise ValueError(
             f"target={target} is being written by another command: wait for it, or give another folder"
         ) from None

@@ -37,7 +37,7 @@ class WriteConfig(Strict):
     shard_gb: float = 5.0
     overwrite: bool = False
     logits: bool = True
-    bound: float = 1e-4
+    bound: float = 1e-3
     memory_gb: float = 8.0
     threads: int | None = None
     progress_bar: bool = True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ivl_lightning.checkpoints.source import TensorSource
+from ivl_lightning.conversion.memory import give_back_memory
 from ivl_lightning.models.parts import language_layers, vision_layers, vision_tower
 from ivl_lightning.models.streaming import empty_model
 
@@ -120,6 +121,7 @@ class _Unit:
     def unload(self, module: nn.Module, *_: Any) -> None:
         for leaf, value in list(module.named_parameters()):
             self._set(module, leaf, value.detach().to("meta"))
+        give_back_memory()
 
     @staticmethod
     def _set(module: nn.Module, leaf: str, value: Tensor) -> None:

@@ -19,6 +19,7 @@ from ivl_lightning.checkpoints.source import Cast, CheckpointError, TensorSource
 from ivl_lightning.checkpoints.views import AsOriginal, check_complete
 from ivl_lightning.checkpoints.writer import check_space, total_bytes, write_weights, written_aside
 from ivl_lightning.config.convert import Layout, WriteConfig
+from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
 from ivl_lightning.conversion.parity import ParityReport, compare
 from ivl_lightning.conversion.processor_files import check_vocabulary, write_processor_files
 from ivl_lightning.data.templates import stop_ids, template_of
@@ -77,6 +78,8 @@ def write_checkpoint(
         ValueError: the target exists, or the tokenizer does not fit the model.
     """
     target, dtype = Path(config.target), None if config.dtype is None else getattr(torch, config.dtype)
+    if target.is_symlink():
+        target = target.resolve()
     if config.template is not None:
         keep_record(checkpoint.config, config.template)
     _check_apart(checkpoint, target)
@@ -219,6 +222,11 @@ def write_companions(
     settings = image_settings(checkpoint.config)
     chosen = _template(checkpoint)
     notes = ["the source has no tokenizer, so the target has none"] if tokenizer is None else []
+    if tokenizer is None and layout == "hf":
+        notes.append(
+            f"without a tokenizer the id of {IMAGE_CONTEXT_TOKEN} is not known: image_token_id="
+            f"{checkpoint.config.image_token_id} in config.json is only what was there, or transformers' default"
+        )
     copied = layout == "original" and checkpoint.original is not None
     stored = dtype or _stored_dtype(checkpoint.tensors)
     _write_config(checkpoint, folder, layout, template=chosen, dtype=stored)
@@ -271,8 +279,29 @@ def _write_config(checkpoint: Checkpoint, folder: Path, layout: Layout, *, templ
         values[part] = {**values[part], "dtype": name}
     # vLLM and LMDeploy choose the language model by it.
     values["text_config"]["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config(config).model_type]]
+    values["text_config"] |= _old_rope(values["text_config"])
+    values |= {"torch_dtype": name}
     values.pop("_name_or_path", None)
     write_json(folder / CONFIG_NAME, values)
+
+
+def _old_rope(text: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings as version 4 of transformers reads them, which takes its defaults where they are missing.
+
+    Servers of that age would compute something else without a word.
+    """
+    rope = dict(text.get("rope_parameters") or {})
+    if "rope_theta" not in rope:
+        return {}
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", "default")
+    rope.pop("partial_rotary_factor", None)
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind == "longrope":
+        # Its class takes three fields and no more; the fourth is one of its own.
+        rope.pop("original_max_position_embeddings", None)
+        return {"rope_theta": theta, "rope_scaling": {"type": kind, **rope}}
+    return {"rope_theta": theta, "rope_scaling": {"type": kind, "rope_type": kind, **rope}}
 
 
 def _write_generation_config(

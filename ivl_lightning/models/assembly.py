@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from ivl_lightning.checkpoints.files import open_file, open_folder
-from ivl_lightning.checkpoints.key_map import INTERNLM2, PROJECTOR, VISION, KeyTable, key_table
+from ivl_lightning.checkpoints.key_map import INTERNLM2, PHI3, PROJECTOR, VISION, KeyTable, key_table
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource, listed, renamed
 from ivl_lightning.checkpoints.views import AsNative, is_computed
 from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
@@ -41,11 +41,12 @@ from ivl_lightning.models.original_config import (
     ORIGINAL_VISION_TYPE,
     RECORD,
     built,
-    first_architecture,
     has_original_class,
     language_class,
     language_from_original,
+    named_class,
     native_language_class,
+    record,
     to_original,
     vision_from_original,
 )
@@ -59,10 +60,11 @@ _INTERNVL_TYPES = (ORIGINAL_TYPE, InternVLConfig.model_type)
 
 
 class Tower(NamedTuple):
-    """A vision tower: configuration, and tensors with native names."""
+    """A vision tower: configuration, tensors with native names, and the whole model that it was taken from, if one."""
 
     config: InternVLVisionConfig
     tensors: TensorSource
+    whole: InternVLConfig | None = None
 
 
 class Language(NamedTuple):
@@ -89,7 +91,7 @@ def open_tower(path: str | Path) -> Tower:
     kind = values.get("model_type")
     if kind in _INTERNVL_TYPES:
         whole = open_checkpoint(folder)
-        return Tower(vision_config(whole.config), _only(whole.tensors, TOWER))
+        return Tower(vision_config(whole.config), _only(whole.tensors, TOWER), whole.config)
     if kind == ORIGINAL_VISION_TYPE:
         tensors = renamed(open_folder(folder), lambda name: f"vision_model.{name.removeprefix('vision_model.')}")
         return Tower(vision_from_original(values, folder / CONFIG_NAME), AsNative(tensors, KeyTable(VISION)))
@@ -117,7 +119,7 @@ def open_language(path: str | Path) -> Language:
         tensors = _only(whole.tensors, *LANGUAGE)
         return Language(text_config(whole.config), tensors, name, whole.tokenizer, whole.generation)
     beside = tokenizer_in(folder), generation_in(folder)
-    if first_architecture(values) == INTERNLM2:
+    if named_class(values) == INTERNLM2:
         config = language_from_original(values, file)
         table = key_table(INTERNLM2, config.num_attention_heads, config.num_key_value_heads)
         tensors = renamed(open_folder(folder), lambda name: f"language_model.{name}")
@@ -196,7 +198,8 @@ def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
     kept: list[TensorSource] = [] if base is None else [_without(base.tensors, *replaced)]
     tensors = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
     tensors.append(_projector(sources.projector, config, tensors))
-    _keep_record(config, base, language, sources.template)
+    if base is None or language is not None:
+        _make_record(config, base.config if base is not None else tower and tower.whole, language, sources.template)
     speaker = language or base
     assert speaker is not None
     _take_image_token(config, speaker.tokenizer)
@@ -241,6 +244,7 @@ def _joint_config(
             vision_config=tower.config,
             text_config=language.config,
             downsample_ratio=downsample_ratio,
+            vision_feature_layer=-1 if tower.whole is None else tower.whole.vision_feature_layer,
             tie_word_embeddings=False,
         )
     else:
@@ -271,12 +275,19 @@ def new_projector(config: InternVLConfig) -> MemorySource:
     return MemorySource(tensors, "a new projector")
 
 
-def _keep_record(config: InternVLConfig, base: Checkpoint | None, language: Language | None, template: str) -> None:
-    """The original's settings for the model that was put together, where the original knows its language model."""
-    if base is not None and language is None:
-        return
+def _make_record(
+    config: InternVLConfig, origin: InternVLConfig | None, language: Language | None, template: str
+) -> None:
+    """The original's settings for the model that was put together, where the original knows its language model.
+
+    Args:
+        config: gets them, in place.
+        origin: whole model that gave the tower: how pictures are cut, and the order of their tokens, stay its own.
+        language: of the model.
+        template: chat template, where there is no whole model.
+    """
     own = None if language is None else language.original_class
-    kept = getattr(config, RECORD, None) or {}
+    kept = {} if origin is None else dict(record(origin))
     setattr(config, RECORD, None)
     if own is None and not has_original_class(config):
         return
@@ -290,8 +301,22 @@ def _known_language(values: Mapping[str, Any], file: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{file}: no language model that transformers knows has the model_type {values.get('model_type')!r}"
         )
+    if named_class(values) == PHI3:
+        # Its older files name rotary settings as the library no longer does.
+        return language_from_original(values, file)
     config: PreTrainedConfig = built(file, AutoConfig.for_model, values["model_type"], **given)
+    _check_head(config, file)
     return config
+
+
+def _check_head(config: PreTrainedConfig, file: Path) -> None:
+    """A head that is more than a matrix would be lost: the joint model has a plain one."""
+    scales = {key: getattr(config, key, None) for key in ("logit_scale", "logits_scaling", "final_logit_softcapping")}
+    strange = [f"{key}={value}" for key, value in scales.items() if value not in (None, 1, 1.0)]
+    if strange:
+        raise CheckpointError(
+            f"{file}: {', '.join(strange)} changes logits behind the head, which this model cannot do"
+        )
 
 
 def _causal_name(name: str) -> str | None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, InternVLConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, InternVLConfig, PreTrainedTokenizerBase
 
 from ivl_lightning.checkpoints.adapters import Merged, adapter_base, adapter_scale, is_adapter, open_adapter
 from ivl_lightning.checkpoints.files import open_folder, read_json
 from ivl_lightning.checkpoints.key_map import KeyTable, key_table, native_name
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, Renamed, TensorSource, renamed
-from ivl_lightning.checkpoints.views import AsNative
+from ivl_lightning.checkpoints.views import AsNative, is_computed
 from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
 from ivl_lightning.models.original_config import ORIGINAL_TYPE, built, from_original, native_language_class
 from ivl_lightning.models.parts import patch_size, text_config, tile_size
@@ -27,6 +27,11 @@ CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 ORIGINAL_LORA_SCALE = 2.0
 """alpha / rank of every adapter of the original: alpha is twice the rank."""
+_TIED = {
+    "language_model.lm_head.weight": "language_model.model.embed_tokens.weight",
+    "language_model.output.weight": "language_model.model.tok_embeddings.weight",
+}
+"""Heads of the original's language models, and the embeddings that stand for them where the two are one."""
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -77,9 +82,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = config_of(values, folder)
     tokenizer, generation = tokenizer_in(folder), generation_in(folder)
     if layout_of(values, folder) == "hf":
-        tensors = renamed(open_folder(folder), native_name)
+        tensors = renamed(open_folder(folder), lambda name: None if is_computed(name) else native_name(name))
         return Checkpoint(folder, config, untied(tensors, values), tokenizer=tokenizer, generation=generation)
-    original = Original(values, _merged_original(open_folder(folder)))
+    original = Original(values, _with_head(_merged_original(open_folder(folder)), values))
     if tokenizer is not None:
         config.image_token_id = _image_token_id(folder, tokenizer())
     native = _at_tile_size(AsNative(original.tensors, table_of(config)), config, values)
@@ -164,7 +169,10 @@ def read_config_values(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder")
+        raise CheckpointError(
+            f"{folder}: there is no such folder; a name on the Hugging Face hub must be fetched first "
+            f"(hf download {folder} --local-dir FOLDER)"
+        )
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(f"{folder}: there is no config.json; give the folder of a checkpoint of either layout")
     return read_json(folder / CONFIG_NAME)
@@ -202,6 +210,8 @@ def config_of(values: Mapping[str, Any], folder: Path) -> InternVLConfig:
         raise CheckpointError(f"{folder / CONFIG_NAME}: a field cannot be used: {error}") from error
     # In memory embeddings and head are never shared, as in every original.
     config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
+    # Version 4's name of `rope_type`, where a file has both spellings.
+    (getattr(text_config(config), "rope_parameters", None) or {}).pop("type", None)
     return config
 
 
@@ -219,6 +229,15 @@ def table_of(config: InternVLConfig, language: str | None = None) -> KeyTable:
     return key_table(language or native_language_class(config), text.num_attention_heads, text.num_key_value_heads)
 
 
+def _with_head(files: TensorSource, values: Mapping[str, Any]) -> TensorSource:
+    """Files of the original whose language model was saved with its head as its embeddings, and so without it."""
+    names = files.names()
+    missing = [head for head, table in _TIED.items() if table in names and head not in names]
+    if not missing or not _ties(values["llm_config"]):
+        return files
+    return Renamed(files, {**{name: name for name in names}, missing[0]: _TIED[missing[0]]})
+
+
 def untied(tensors: TensorSource, values: Mapping[str, Any]) -> TensorSource:
     """Tensors of a model whose files leave out the head because it is the embeddings.
 
@@ -227,7 +246,14 @@ def untied(tensors: TensorSource, values: Mapping[str, Any]) -> TensorSource:
         values: config.json, whose `tie_word_embeddings` must say so.
     """
     text = values.get("text_config") or values
-    ties = values.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-    if HEAD in tensors.names() or not ties:
+    if HEAD in tensors.names() or not (values.get("tie_word_embeddings") or _ties(text)):
         return tensors
     return Renamed(tensors, {**{name: name for name in tensors.names()}, HEAD: EMBEDDINGS})
+
+
+def _ties(text: Mapping[str, Any]) -> bool:
+    """Whether a language model's head is its embeddings: as its file says, else as its class does."""
+    if text.get("tie_word_embeddings") is not None:
+        return bool(text["tie_word_embeddings"])
+    kind = text.get("model_type")
+    return kind in CONFIG_MAPPING and bool(AutoConfig.for_model(kind).tie_word_embeddings)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PreTr
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ivl_lightning.checkpoints.key_map import INTERNLM2, SAME_NAMES
+from ivl_lightning.checkpoints.key_map import INTERNLM2, PHI3, SAME_NAMES
 from ivl_lightning.checkpoints.source import CheckpointError
 from ivl_lightning.models.parts import patch_size, set_image_size, text_config, tile_size, vision_config
 
@@ -56,7 +56,7 @@ _MODEL_TYPES: Final = {
     INTERNLM2: "llama",
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
-    "Phi3ForCausalLM": "phi3",
+    PHI3: "phi3",
 }
 _REQUIRED: Final = object()
 _NULLABLE: Final = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -240,13 +240,19 @@ def language_class(language: Mapping[str, Any], file: Path) -> str:
     Raises:
         CheckpointError: it is not named, or not supported.
     """
-    named = first_architecture(language)
+    named = named_class(language)
     if named not in _MODEL_TYPES:
         raise CheckpointError(
             f"{file}: the language model's architectures names {named!r}; supported are "
             f"{', '.join((INTERNLM2, *SAME_NAMES))}"
         )
     return str(named)
+
+
+def named_class(language: Mapping[str, Any]) -> object:
+    """The class of a language model by its config.json; None where it names none."""
+    by_type = INTERNLM2 if language.get("model_type") == "internlm2" else None
+    return first_architecture(language) or by_type
 
 
 def first_architecture(config: Mapping[str, Any]) -> object:
@@ -267,7 +273,7 @@ def native_language_class(config: InternVLConfig) -> str:
         CheckpointError: the original has none for it.
     """
     text = text_config(config)
-    recorded = first_architecture(record(config).get("llm_config") or {})
+    recorded = named_class(record(config).get("llm_config") or {})
     if _MODEL_TYPES.get(str(recorded)) == text.model_type:
         return str(recorded)
     own = {kind: name for name, kind in _MODEL_TYPES.items() if name != INTERNLM2}

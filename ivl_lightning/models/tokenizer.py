@@ -2,15 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN, SPECIAL_TOKENS
+from ivl_lightning.models.sentencepiece_files import (
+    SENTENCEPIECE_FILE,
+    claim_pieces,
+    copy_with_model,
+    read_model,
+    user_defined_pieces,
+)
 
 _QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
@@ -29,35 +37,39 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Files are looked for in this order: `tokenizer.json` (written by transformers); `vocab.json` and `merges.txt`
     (Qwen2); `tokenizer.model` (SentencePiece: InternLM2, Llama, Phi-3). `tokenizer_config.json`, if there, names the
     class and holds the added tokens. InternLM2's own class exists as remote code only; its model file is read as
-    Llama's, with the blank before the first word as the model file says.
+    Llama's, with the blank before the first word as the model file says. Placeholders of the model file whose ids an
+    added token takes over (InternLM2) give way to it.
 
     Args:
         path: folder with the tokenizer files.
 
     Raises:
-        ValueError: the folder does not exist, holds none of these files, or names a class that is not known.
+        ValueError: the folder does not exist, holds none of these files, names a class that is not known, or gives
+            an added token an id that it does not get.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the folder that holds the tokenizer files")
     try:
-        return _load(folder)
+        tokenizer = _load(folder)
+        _check_ids(folder, tokenizer)
     except TokenizerError:
         raise
     except Exception as error:  # the libraries below have errors of many kinds for damaged files
         raise TokenizerError(
             f"{folder}: the tokenizer's files are damaged ({type(error).__name__}: {error}): fetch them again"
         ) from error
+    return tokenizer
 
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    config = _read_config(folder)
+    config = _read_object(folder / "tokenizer_config.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         _check_class(folder, config, _QWEN2_CLASSES)
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    if (folder / "tokenizer.model").is_file():
+    if (folder / SENTENCEPIECE_FILE).is_file():
         _check_class(folder, config, _INTERNLM2_CLASSES + _LLAMA_CLASSES)
         return _load_sentencepiece(folder, config)
     raise TokenizerError(
@@ -67,7 +79,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
 def has_tokenizer(path: str | Path) -> bool:
     """Whether a folder holds files that `load_tokenizer` reads."""
-    return any((Path(path) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    return any((Path(path) / name).is_file() for name in ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE))
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -185,8 +197,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return tokenizer.backend_tokenizer
 
 
-def _read_config(folder: Path) -> dict[str, object]:
-    file = folder / "tokenizer_config.json"
+def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
@@ -208,38 +219,102 @@ def _check_class(folder: Path, config: Mapping[str, object], known: tuple[str, .
 
 
 def _load_sentencepiece(folder: Path, config: Mapping[str, object]) -> PreTrainedTokenizerBase:
-    prefix_space = _has_dummy_prefix(folder / "tokenizer.model")
+    model = read_model(folder / SENTENCEPIECE_FILE)
+    prefix_space = _has_dummy_prefix(folder, model)
     # Slow tokenizers put the blank before each stretch between special tokens, unless `legacy` is given as false.
     legacy = bool(config.get("legacy", True)) or config.get("tokenizer_class") in _INTERNLM2_CLASSES
-    tokenizer = LlamaTokenizer.from_pretrained(
-        folder,
-        local_files_only=True,
-        add_prefix_space=prefix_space,
-        add_bos_token=bool(config.get("add_bos_token", True)),
-        add_eos_token=False,
-        legacy=legacy,
-    )
+    options = {
+        "local_files_only": True,
+        "add_prefix_space": prefix_space,
+        "add_bos_token": bool(config.get("add_bos_token", True)),
+        "add_eos_token": False,
+        "legacy": legacy,
+    }
+    if claim_pieces(model, dict(_claimed_ids(folder))):
+        tokenizer = _load_changed(folder, model, options)
+    else:
+        tokenizer = LlamaTokenizer.from_pretrained(folder, **options)
     if prefix_space and legacy:
         # The library's own rule leaves the blank out before a text that begins with one; SentencePiece does not.
         tokenizer.backend_tokenizer.pre_tokenizer = None
         tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
+    _add_user_defined(folder, tokenizer, user_defined_pieces(model), prefix_space)
     return tokenizer
 
 
-def _has_dummy_prefix(file: Path) -> bool:
+def _load_changed(folder: Path, model: Any, options: Mapping[str, object]) -> PreTrainedTokenizerBase:
+    """Load a folder's tokenizer as if its SentencePiece model were this one; the folder is not changed."""
+    with tempfile.TemporaryDirectory() as changed:
+        copy_with_model(folder, Path(changed), model)
+        tokenizer = LlamaTokenizer.from_pretrained(changed, **options)
+    # Saving copies files from where these point.
+    places = {"name_or_path": str(folder), "vocab_file": str(folder / SENTENCEPIECE_FILE)}
+    tokenizer.init_kwargs.update({name: place for name, place in places.items() if name in tokenizer.init_kwargs})
+    tokenizer.name_or_path, tokenizer.vocab_file = places["name_or_path"], places["vocab_file"]
+    return tokenizer
+
+
+def _add_user_defined(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], prefix_space: bool
+) -> None:
+    """Keep whole what SentencePiece keeps whole: pieces of the vocabulary that its trainer was told of.
+
+    Raises:
+        TokenizerError: there are such pieces, and a blank stands before the first word: the fast tokenizer would
+            put one after each of them, too.
+    """
+    known = tokenizer.get_added_vocab()
+    missing = [piece for piece in pieces if piece not in known]
+    if missing and prefix_space:
+        raise TokenizerError(
+            f"{folder / SENTENCEPIECE_FILE} has user-defined pieces ({', '.join(missing[:3])}, ...; {len(missing)} in "
+            "all) and a blank before the first word, which would not be repeated exactly: "
+            "save the tokenizer once as tokenizer.json with its own library"
+        )
+    if any("▁" in piece for piece in missing):
+        # They are looked for in the text as the normalizer leaves it, with its blanks replaced.
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    # Normalized ones are looked for after the special tokens, in the stretches between them, as SentencePiece does.
+    tokenizer.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in missing])
+
+
+def _has_dummy_prefix(folder: Path, model: Any) -> bool:
     """Whether SentencePiece writes a blank before the first word.
 
     Raises:
         TokenizerError: the model rewrites text in a way that the fast tokenizer does not repeat.
     """
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
-    model.ParseFromString(file.read_bytes())
     rule = model.normalizer_spec
     if rule.precompiled_charsmap or rule.remove_extra_whitespaces:
         raise TokenizerError(
-            f"{file} normalizes text ({rule.name or 'custom'}), so its ids would not be repeated exactly: "
-            "save the tokenizer as tokenizer.json with its own library"
+            f"{folder / SENTENCEPIECE_FILE} normalizes text ({rule.name or 'custom'}), so its ids would not be "
+            "repeated exactly: save the tokenizer as tokenizer.json with its own library"
         )
     return rule.add_dummy_prefix
+
+
+def _claimed_ids(folder: Path) -> Iterator[tuple[int, str]]:
+    """Ids that the files beside the vocabulary give to added tokens."""
+    decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    yield from ((int(number), token["content"]) for number, token in decoder.items())
+    yield from ((number, content) for content, number in _read_object(folder / "added_tokens.json").items())
+
+
+def _check_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that gives an added token another id than its files do.
+
+    Raises:
+        TokenizerError: it does, so texts would be read with the wrong rows of the embeddings.
+    """
+    backend = _backend(tokenizer)
+    for number, content in _claimed_ids(folder):
+        found = backend.token_to_id(content)
+        if found != number:
+            got = "none" if found is None else found
+            raise TokenizerError(
+                f"{folder}: the token {content!r} should have the id {number} by tokenizer_config.json or "
+                f"added_tokens.json, but gets {got}: the files do not belong together, fetch all of them again"
+            )

@@ -30,7 +30,7 @@ from tests import originals
 from tests.commands import ROOT, environment
 
 QWEN2, INTERNLM2 = (originals.CHECKPOINTS / name for name in originals.GOLDEN)
-OLD = {"notes.txt": b"years of work"}
+OLD = {"config.json": b"{}", "notes.txt": b"years of work"}
 
 
 class Outcome(NamedTuple):
@@ -547,7 +547,6 @@ def test_a_tile_size_that_the_positions_do_not_have(source: Path, target: Path):
         ({"llm_config": {"num_hidden_layers": 4}}, ["layers.3."]),
         ({"llm_config": {"bias": True}}, ["self_attn.q_proj.bias"]),
         ({"llm_config": {"architectures": ["ParrotForCausalLM"]}}, ["'ParrotForCausalLM'", "supported are"]),
-        ({"llm_config": {"architectures": None}}, ["architectures"]),
         ({"llm_config": {"hidden_act": "swishish"}}, ["config.json", "hidden_act"]),
         ({"llm_config": {"rope_scaling": {"type": "wobbly", "factor": 2.0}}}, ["config.json", "wobbly"]),
         ({"llm_config": {"vocab_size": None}}, ["does not give vocab_size"]),
@@ -772,18 +771,28 @@ def test_overwriting_replaces_the_whole_folder(target: Path):
 
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_overwriting_what_is_no_folder_of_its_own(kind: str, target: Path, tmp_path: Path):
-    """A file, or a link to a folder: the name is taken, what the link leads to stays, and nothing else is left."""
+    """A file gives its name away; a link stays, and the checkpoint it leads to is replaced where it lies."""
     if kind == "file":
         target.write_text("a file")
     else:
         (tmp_path / "elsewhere").mkdir()
-        (tmp_path / "elsewhere/notes.txt").write_text("years of work")
+        (tmp_path / "elsewhere/config.json").write_text("{}")
         target.symlink_to(tmp_path / "elsewhere")
     convert(originals.settings(QWEN2, target, overwrite=True))
     assert [path.name for path in target.parent.iterdir()] == ["target"]
-    assert (target / "config.json").is_file()
+    assert (target / "model.safetensors").is_file()
     if kind == "link":
-        assert (tmp_path / "elsewhere/notes.txt").read_text() == "years of work"
+        assert target.is_symlink()
+        assert (tmp_path / "elsewhere/model.safetensors").is_file()
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_overwritten(target: Path):
+    """`overwrite=true` with a home folder for a target: nothing in it is touched."""
+    (target / "docs").mkdir(parents=True)
+    (target / "docs/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"target is no folder of a checkpoint .* is not replaced"):
+        convert(originals.settings(QWEN2, target, overwrite=True))
+    assert contents(target) == {"docs/thesis.txt": b"years of work"}
 
 
 @pytest.mark.parametrize("written", ["{source}", "{source}/../source", "{link}"])
