@@ -10,8 +10,9 @@ from ivl_lightning.checkpoints.adapters import ADAPTER_CONFIG, adapter_base, is_
 from ivl_lightning.checkpoints.files import read_json
 from ivl_lightning.checkpoints.source import CheckpointError
 from ivl_lightning.config.convert import WriteConfig
+from ivl_lightning.conversion.json_files import write_json
 from ivl_lightning.conversion.parity import ParityReport
-from ivl_lightning.conversion.write import write_checkpoint, write_json
+from ivl_lightning.conversion.write import write_checkpoint
 from ivl_lightning.models.checkpoint import open_checkpoint
 
 BESIDE: Final = "adapter"

@@ -18,7 +18,8 @@ from ivl_lightning.constants import (
     VIDEO_PLACEHOLDER,
 )
 from ivl_lightning.conversion.chat_template import fit_chat_template
-from ivl_lightning.conversion.tokenizer_files import write_fast_files, write_json, write_slow_files
+from ivl_lightning.conversion.json_files import write_json
+from ivl_lightning.conversion.tokenizer_files import write_fast_files, write_slow_files
 from ivl_lightning.models.parts import text_config, tile_size
 
 Layout = Literal["hf", "original"]

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from ivl_lightning.conversion.json_files import to_json, write_json
 from ivl_lightning.models.tokenizer import load_tokenizer
 
 # Takes tokenizer.json as it is. The families' own classes build part of it anew and lose, for one, legacy blanks.
@@ -70,11 +71,11 @@ def write_slow_files(
         str(number): _flags(token) for number, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     texts = {
-        "vocab.json": _to_json(dict(sorted(model["vocab"].items(), key=lambda item: item[1])), indent=None),
+        "vocab.json": to_json(dict(sorted(model["vocab"].items(), key=lambda item: item[1])), indent=None),
         "merges.txt": "#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in _merges(model)),
-        "added_tokens.json": _to_json(tokenizer.get_added_vocab()),
-        "special_tokens_map.json": _to_json(_special_tokens(tokenizer)),
-        "tokenizer_config.json": _to_json(entries),
+        "added_tokens.json": to_json(tokenizer.get_added_vocab()),
+        "special_tokens_map.json": to_json(_special_tokens(tokenizer)),
+        "tokenizer_config.json": to_json(entries),
     }
     with tempfile.TemporaryDirectory() as trial:
         _write_texts(Path(trial), texts)
@@ -84,18 +85,9 @@ def write_slow_files(
     return list(texts)
 
 
-def write_json(file: Path, content: Mapping[str, object]) -> None:
-    """Write an object in UTF-8, one entry a line."""
-    file.write_text(_to_json(content), encoding="utf-8")
-
-
 def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def _to_json(content: Mapping[str, object], indent: int | None = 2) -> str:
-    return json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
 
 
 def _shared_entries(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def read_model(file: Path) -> Any:
 def claim_pieces(model: Any, claims: Mapping[int, str]) -> bool:
     """Put added tokens in the place of the pieces whose ids they have.
 
-    InternLM2's model file ends in placeholders, whose ids its releases give to the chat markers.
+    InternLM2's model file ends in placeholders, whose ids its releases give to the chat markers. A text that spells
+    such a placeholder out no longer becomes the marker.
 
     Args:
         model: as `read_model` returns it; changed in place.

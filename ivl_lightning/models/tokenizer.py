@@ -88,7 +88,10 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     Args:
         tokenizer: changed in place. The embeddings must then be grown by the returned number.
     """
-    return tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    before = len(tokenizer)
+    # The library's own count has tokens, too, that were in the vocabulary as plain pieces (Yi's <img>).
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    return len(tokenizer) - before
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -235,13 +238,26 @@ def _load_sentencepiece(folder: Path, config: Mapping[str, object]) -> PreTraine
     else:
         tokenizer = LlamaTokenizer.from_pretrained(folder, **options)
     if prefix_space and legacy:
-        # The library's own rule leaves the blank out before a text that begins with one; SentencePiece does not.
-        tokenizer.backend_tokenizer.pre_tokenizer = None
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        _prepend_blank(tokenizer)
     _add_user_defined(folder, tokenizer, user_defined_pieces(model), prefix_space)
     return tokenizer
+
+
+def _prepend_blank(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put a blank before each stretch between added tokens."""
+    # The library's own rule leaves the blank out before a text that begins with one; SentencePiece does not.
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    # A token marked as normalized would get the blank, too, and be found at the start of a stretch only.
+    marked = [token for token in tokenizer.added_tokens_decoder.values() if token.normalized]
+    tokenizer.add_tokens([_not_normalized(token) for token in marked])
+
+
+def _not_normalized(token: AddedToken) -> AddedToken:
+    flags = {flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "single_word", "special")}
+    return AddedToken(token.content, normalized=False, **flags)
 
 
 def _load_changed(folder: Path, model: Any, options: Mapping[str, object]) -> PreTrainedTokenizerBase:

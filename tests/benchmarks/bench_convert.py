@@ -31,7 +31,8 @@ from ivl_lightning.checkpoints.views import AsOriginal
 from ivl_lightning.checkpoints.writer import write_weights
 from ivl_lightning.config.convert import ConvertConfig
 from ivl_lightning.config.schema import ModelConfig
-from ivl_lightning.conversion.write import write_checkpoint, write_json
+from ivl_lightning.conversion.json_files import write_json
+from ivl_lightning.conversion.write import write_checkpoint
 from ivl_lightning.models.build import build_config
 from ivl_lightning.models.checkpoint import open_checkpoint, table_of
 from ivl_lightning.models.original_config import to_original

@@ -1,5 +1,9 @@
 import json
+import random
+import re
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.constants import SPECIAL_TOKENS
 from ivl_lightning.models.tokenizer import (
+    TokenizerError,
     add_special_tokens,
     image_token_id,
     load_tokenizer,
@@ -124,6 +129,185 @@ def test_model_that_rewrites_text_is_refused(tmp_path: Path) -> None:
     model.normalizer_spec.remove_extra_whitespaces = True
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match="normalizes text"):
+        load_tokenizer(folder)
+
+
+CHAT = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
+PLAIN, USER_DEFINED = 1, 4
+USER_PIECES = ("<|Human|>", "<|im_sep|>", "<img>", "</img>", "<fim>", "▁▁▁▁", "\n\n", "12", "x<")
+"""As in Yi; of the last, two meet blanks and other pieces, and one overlaps markers."""
+FRAGMENTS = (
+    *CHAT, *SPECIAL_TOKENS, "<IMG_CONTEXT>" * 3, "<s>", "</s>", "<|Human|>", "<|im_sep|>", "<fim>", "x<", "<f", "fim>",
+    "[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_", "user\n", "assistant\n", " ", "  ", "     ", "\n", "\n\n", "\n\n\n", "\t",
+    "\r\n", "Hello", "world", ", ", ".", "图", "请描述这张图片", "。", "1", "12", "2024", "1212", "naïve", "🙂", "▁",
+)  # fmt: skip
+
+
+def change_model(folder: Path, pieces: Sequence[tuple[str, int]], *, at: int, blank: bool = False) -> int:
+    """Put pieces into the model file; return how many it has then."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    rest = list(model.pieces)[at:]
+    del model.pieces[at:]
+    for piece, kind in pieces:
+        model.pieces.add(piece=piece, score=0.0 if kind == USER_DEFINED else -1e4, type=kind)
+    model.pieces.extend(rest)
+    model.normalizer_spec.add_dummy_prefix = blank
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    return len(model.pieces)
+
+
+def write_added(folder: Path, ids: dict[str, int], size: int, **changes: object) -> dict[str, int]:
+    """Make these the added tokens, followed by those of the nine that they lack; return all of them."""
+    lacking = [token for token in SPECIAL_TOKENS if token not in ids]
+    ids = {**ids, **{token: size + number for number, token in enumerate(lacking)}}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    decoder = {str(number): {"content": token, **flags} for token, number in ids.items()}
+    listed = {"additional_special_tokens": [token for token in ids if token not in ("<unk>", "<s>", "</s>")]}
+    change_config(folder, added_tokens_decoder=decoder, **listed, **changes)
+    (folder / "added_tokens.json").write_text(json.dumps({token: ids[token] for token in ids if ids[token] > 2}))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps({**named, **listed}))
+    return ids
+
+
+def internlm2_release(folder: Path, kind: int) -> dict[str, int]:
+    """As released: the chat markers have the ids of the model file's last six placeholders."""
+    copy_fixture("internlm2_vit300m", folder)
+    size = change_model(folder, [(f"[UNUSED_TOKEN_{number}]", kind) for number in range(1, 11)], at=400)
+    markers = {token: size - len(CHAT) + number for number, token in enumerate(CHAT)}
+    return write_added(folder, {"<unk>": 0, "<s>": 1, "</s>": 2, **markers}, size)
+
+
+def yi_release(folder: Path, *, claimed: bool = True, blank: bool = False) -> dict[str, int]:
+    """As released: <img> and other markers are user-defined pieces, of which only some are added tokens as well."""
+    copy_fixture("internlm2_vit300m", folder)
+    size = change_model(folder, [(piece, USER_DEFINED) for piece in USER_PIECES], at=3, blank=blank)
+    if claimed:
+        pieces = {token: 3 + USER_PIECES.index(token) for token in ("<img>", "</img>")}
+        return write_added(folder, {"<unk>": 0, "<s>": 1, "</s>": 2, **pieces}, size, tokenizer_class="LlamaTokenizer")
+    change_config(folder, tokenizer_class="LlamaTokenizer", added_tokens_decoder={}, additional_special_tokens=[])
+    (folder / "added_tokens.json").unlink()
+    (folder / "special_tokens_map.json").unlink()
+    return {}
+
+
+def slow_ids(folder: Path, ids: dict[str, int], text: str) -> list[int]:
+    """What slow tokenizers do: SentencePiece reads each stretch between added tokens."""
+    pieces = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    tokens = "|".join(re.escape(token) for token in sorted(ids, key=len, reverse=True))
+    found = []
+    for stretch in re.split(f"({tokens})", text):
+        found += [ids[stretch]] if stretch in ids else pieces.encode(stretch)
+    return found
+
+
+def random_texts(count: int) -> list[str]:
+    chance = random.Random(0)
+    return ["".join(chance.choices(FRAGMENTS, k=chance.randint(1, 12))) for _ in range(count)]
+
+
+def assert_ids_are_slow_ones(folder: Path, ids: dict[str, int]) -> None:
+    tokenizer = load_tokenizer(folder)
+    for text in (*TEXTS, *FRAGMENTS, *random_texts(400)):
+        assert encode(tokenizer, text) == slow_ids(folder, ids, text), repr(text)
+
+
+@pytest.mark.parametrize("kind", [PLAIN, USER_DEFINED])
+def test_added_tokens_take_over_placeholders(kind: int, tmp_path: Path) -> None:
+    """InternLM2: markers get the ids of the placeholders, the nine tokens those of added_tokens.json; none is new."""
+    ids = internlm2_release(tmp_path / "internlm2", kind)
+    tokenizer = load_tokenizer(tmp_path / "internlm2")
+    assert ids["<|im_start|>"] == 409
+    assert ids["<IMG_CONTEXT>"] == image_token_id(tokenizer) == 412
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
+    assert len(tokenizer) == 400 + 10 + 9
+    assert add_special_tokens(tokenizer) == 0
+    assert_ids_are_slow_ones(tmp_path / "internlm2", ids)
+
+
+def test_user_defined_pieces_stay_whole(tmp_path: Path) -> None:
+    """Yi: with those that are added tokens and without, blanks, and pieces that overlap with markers."""
+    ids = yi_release(tmp_path / "yi")
+    assert ids["<img>"] == 5
+    assert_ids_are_slow_ones(tmp_path / "yi", ids)
+    assert len(load_tokenizer(tmp_path / "yi")) == 400 + len(USER_PIECES) + 7
+
+
+def test_special_tokens_that_are_pieces_do_not_grow_the_vocabulary(tmp_path: Path) -> None:
+    """Yi before InternVL: <img> and </img> become special where they are, and seven tokens are new."""
+    yi_release(tmp_path / "plain", claimed=False)
+    tokenizer = load_tokenizer(tmp_path / "plain")
+    size = len(tokenizer)
+    assert add_special_tokens(tokenizer) == 7 == len(tokenizer) - size
+    assert add_special_tokens(tokenizer) == 0
+    ids = yi_release(tmp_path / "release")
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [ids[token] for token in SPECIAL_TOKENS]
+    release = load_tokenizer(tmp_path / "release")
+    for text in random_texts(100):
+        assert encode(tokenizer, text) == encode(release, text)
+
+
+def test_user_defined_pieces_with_a_blank_before_the_text_are_refused(tmp_path: Path) -> None:
+    """The fast tokenizer would put a blank behind each of them."""
+    yi_release(tmp_path / "yi", blank=True)
+    with pytest.raises(TokenizerError, match=r"user-defined pieces \(<\|Human\|>.*7 in all.*tokenizer\.json"):
+        load_tokenizer(tmp_path / "yi")
+
+
+@pytest.mark.parametrize("release", ["internlm2", "yi"])
+def test_changed_model_leaves_no_trace(release: str, tmp_path: Path) -> None:
+    """The tokenizer names the folder it is from, and saved it is the same one."""
+    folder = tmp_path / release
+    if release == "yi":
+        yi_release(folder)
+    else:
+        internlm2_release(folder, USER_DEFINED)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    tokenizer = load_tokenizer(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert tokenizer.name_or_path == str(folder)
+    assert tokenizer.vocab_file == str(folder / "tokenizer.model")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    for text in random_texts(50):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    for file in (tmp_path / "saved").glob("*.json"):
+        assert str(Path(tempfile.gettempdir()) / "tmp") not in file.read_text(encoding="utf-8")
+
+
+def test_tokens_marked_as_normalized_are_found_behind_text(tmp_path: Path) -> None:
+    """Llama's older files mark </s> so; slow tokenizers split at it all the same."""
+    folder = copy_fixture("phi3_sp", tmp_path / "normalized")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    del config["legacy"]
+    for token in config["added_tokens_decoder"].values():
+        token["normalized"] = True
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    ids = {token["content"]: int(number) for number, token in config["added_tokens_decoder"].items()}
+    for text in ("a<img>b", "a<|endoftext|> b", "<img>x<IMG_CONTEXT></img>"):
+        assert encode(load_tokenizer(folder), text) == slow_ids(folder, ids, text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("file", [CONFIG, "added_tokens.json"])
+def test_ids_that_the_files_do_not_agree_on_are_refused(name: str, as_json: bool, file: str, tmp_path: Path) -> None:
+    """Each family: the error names the folder, the token, the id it should have and the one it gets."""
+    folder = copy_fixture(name, tmp_path / name)
+    right = load_tokenizer(folder).convert_tokens_to_ids("</box>")
+    if as_json:
+        load_tokenizer(folder).save_pretrained(folder)
+    if file == CONFIG:
+        token = {"content": "</box>", "special": True, "normalized": False}
+        change_config(folder, added_tokens_decoder={str(right + 7): token})
+    else:
+        (folder / file).write_text(json.dumps({"</box>": right + 7}), encoding="utf-8")
+    with pytest.raises(
+        TokenizerError, match=rf"{name}: the token '</box>' should have the id {right + 7} .* gets \d+:"
+    ):
         load_tokenizer(folder)
 
 
