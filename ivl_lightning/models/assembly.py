@@ -34,13 +34,12 @@ from ivl_lightning.models.checkpoint import (
     tokenizer_in,
     untied,
 )
+from ivl_lightning.models.config_checks import built
 from ivl_lightning.models.original_config import (
     DEFAULT_TEMPLATE,
-    IMAGE_SETTINGS,
     ORIGINAL_TYPE,
     ORIGINAL_VISION_TYPE,
     RECORD,
-    built,
     has_original_class,
     language_class,
     language_from_original,
@@ -50,6 +49,7 @@ from ivl_lightning.models.original_config import (
     to_original,
     vision_from_original,
 )
+from ivl_lightning.models.original_fields import IMAGE_SETTINGS
 from ivl_lightning.models.parts import patch_size, set_image_size, text_config, tile_size, vision_config
 from ivl_lightning.models.positions import ResizedPositions
 

@@ -17,7 +17,8 @@ from ivl_lightning.checkpoints.key_map import KeyTable, key_table, native_name
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, Renamed, TensorSource, renamed
 from ivl_lightning.checkpoints.views import AsNative, is_computed
 from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
-from ivl_lightning.models.original_config import ORIGINAL_TYPE, built, from_original, native_language_class
+from ivl_lightning.models.config_checks import built
+from ivl_lightning.models.original_config import ORIGINAL_TYPE, from_original, native_language_class
 from ivl_lightning.models.parts import patch_size, text_config, tile_size
 from ivl_lightning.models.positions import ResizedPositions
 from ivl_lightning.models.tokenizer import has_tokenizer, image_token_id, load_tokenizer
