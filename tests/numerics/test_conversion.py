@@ -408,7 +408,7 @@ BROKEN: dict[str, tuple[str, Callable[[Checkpoint], TensorSource]]] = {
     "w1 and w3": ("internlm2_6b", lambda checkpoint: exchanged(checkpoint, "gate_proj", "up_proj")),
     "gate and up": ("qwen2_300m", lambda checkpoint: exchanged(checkpoint, "gate_proj", "up_proj")),
     "query norm of 1": ("qwen2_6b", unit_norms),
-    "key and value": ("qwen2_300m", lambda checkpoint: exchanged(checkpoint, "tention.k_proj", "tention.v_proj")),
+    "key and value": ("qwen2_300m", lambda checkpoint: exchanged(checkpoint, "attention.k_proj", "attention.v_proj")),
     "norms of a block": ("phi3_300m", lambda checkpoint: exchanged(checkpoint, "norm_before", "norm_after")),
     "layer scales": ("internlm2_6b", lambda checkpoint: exchanged(checkpoint, "lambda_1", "lambda_2")),
     "layers": ("llama_6b", lambda checkpoint: exchanged(checkpoint, "model.layers.0.", "model.layers.1.")),
