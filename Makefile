@@ -37,7 +37,8 @@ train: $(STAMP) ## set up, then train the miniature through every stage on CPU
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP) ## set up, then run the test suite
-	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
+	# In order of their folders: files of few long tests come first, so that no process is left alone with one.
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## set up, then style, types, layers and spelling
 	@failed=; for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo" "codespell ."; do \
