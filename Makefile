@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## set up, then train the miniature through every stage on CPU
 	$(BIN)/python train.py $(ARGS)
 
+# In the order of their folders, so that files of few long tests begin first and no process is left alone with one.
 test: $(STAMP) ## set up, then run the test suite
-	# In order of their folders: files of few long tests come first, so that no process is left alone with one.
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## set up, then style, types, layers and spelling
