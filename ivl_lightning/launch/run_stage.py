@@ -244,8 +244,13 @@ def _head(name: str, settings: dict[str, Any]) -> Any:
 
 
 def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
-    """The network a stage starts from: the weights of `init_from`, or what `model` describes."""
-    return build_model(initial_settings(config), tokenizer)
+    """The network a stage starts from: the weights of `init_from`, or what `model` describes.
+
+    What is random in it follows from the seed alone: measuring data anew, and not finding them measured, draws numbers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_model(initial_settings(config), tokenizer)
 
 
 def initial_settings(config: RunConfig) -> ModelConfig:

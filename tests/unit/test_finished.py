@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ivl_lightning.config import schema
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.launch.chain import weights_folder
 from ivl_lightning.launch.finished import Finished, check_same, deciding_settings, read_finished, weights_hash
+from ivl_lightning.launch.run_stage import initial_model
+from tests import tiny
 
 
 def config(**changes) -> schema.RunConfig:
@@ -113,3 +116,19 @@ def test_a_changed_setting_is_found_in_both_directions(tmp_path):
     older = finished(settings={**deciding_settings(config()), "optim.gone": 1})
     with pytest.raises(ConfigError, match=r"optim.gone=1, this command says None"):
         check_same(older, replace(config()), "a", tmp_path)
+
+
+def test_random_weights_follow_from_the_seed_alone():
+    """Whatever drew numbers before (measuring data that were not measured yet), and it does not notice."""
+    tokenizer = tiny.load_tiny_tokenizer()
+
+    def built(seed: int, drawn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(drawn)
+        before = torch.get_rng_state()
+        model = initial_model(config(seed=seed, model=tiny.tiny_config()), tokenizer)
+        assert torch.equal(torch.get_rng_state(), before)
+        return model.get_input_embeddings().weight, model.model.vision_tower.embeddings.cls_token
+
+    first = built(3, drawn=1)
+    assert all(torch.equal(one, other) for one, other in zip(first, built(3, drawn=2), strict=True))
+    assert not torch.equal(first[0], built(4, drawn=1)[0])
