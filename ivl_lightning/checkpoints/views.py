@@ -40,7 +40,7 @@ class AsNative:
         surplus = []
         for name in source.names():
             found = table.to_native(name)
-            if name in self.left_out:
+            if is_computed(name):
                 continue
             if found is None:
                 surplus.append(name)

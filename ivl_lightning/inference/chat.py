@@ -226,6 +226,7 @@ class Chat:
                     yield piece
             complete = True
         except Exception:
+            # What failed half-way was not said; an interrupt is no failure, and keeps what was read.
             told.clear()
             raise
         finally:

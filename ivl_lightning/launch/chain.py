@@ -53,9 +53,10 @@ def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
             config = replace(config, init_from=source)
         elif config.init_from is not None:
             config = replace(config, init_from=str(weights_folder(config.init_from)))
-        elif config.model.path is None and not config.model.random_weights:
+        elif not (config.model.path or config.model.language_model_path or config.model.random_weights):
             raise ConfigError(
-                f"stage {name} has no weights to start from: give model.path=FOLDER or init_from=RUN "
+                f"stage {name} has no weights to start from: give model.path=FOLDER or init_from=RUN, or parts "
+                "(model.vision_path and model.language_model_path) "
                 "(or model.random_weights=true to train from nothing)"
             )
         results.append(_run_or_skip(name, config))

@@ -12,7 +12,7 @@ from ivl_lightning.config import lora as lora_rules
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import LoraSettings, ModelConfig, Part, StageConfig
 from ivl_lightning.data.templates import template_of
-from ivl_lightning.models.build import build_config
+from ivl_lightning.models.build import build_config, has_weights, open_configured
 from ivl_lightning.models.checkpoint import read_config, tokenizer_folder
 from ivl_lightning.models.cost import training_cost
 from ivl_lightning.models.tokenizer import add_special_tokens, load_tokenizer
@@ -24,7 +24,7 @@ def tokenizer_of(model: ModelConfig, init_from: str | None = None) -> PreTrained
     Raises:
         ConfigError: neither is given.
     """
-    source = model.tokenizer or init_from or model.path
+    source = model.tokenizer or init_from or model.path or model.language_model_path
     if source is None:
         raise ConfigError("model.tokenizer is missing: give a folder of tokenizer files, or model.path or init_from")
     tokenizer = load_tokenizer(tokenizer_folder(source))
@@ -56,10 +56,11 @@ def shapes_of(model: ModelConfig, init_from: str | None = None) -> InternVLConfi
     """
     if model.language_model:
         return build_config(model)
-    source = init_from or model.path
-    if source is None:
+    if init_from is not None:
+        return read_config(init_from)
+    if not has_weights(model):
         raise ConfigError(f"model={model.name} has neither shapes nor a path: give model.path")
-    return read_config(source)
+    return open_configured(model).config
 
 
 def trained_parts(stage: StageConfig, lora: LoraSettings) -> Sequence[Part]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoTokenizer, GotOcr2ImageProcessor, InternVLForConditionalGeneration
+from transformers import AutoTokenizer, GotOcr2ImageProcessor, InternVLForConditionalGeneration, Qwen2ForCausalLM
 
 from ivl_lightning.checkpoints.lightning_files import open_lightning
 from ivl_lightning.checkpoints.source import CheckpointError
@@ -153,6 +153,20 @@ def test_a_run_of_ps_version_v1_keeps_the_original_layout(runs: Path, tmp_path: 
     assert content["tensors"] > 100
     with pytest.raises(CheckpointError, match="layout=original"):
         exported(tmp_path / "run", tmp_path / "hf")
+
+
+def test_a_run_starts_from_parts(tmp_path: Path) -> None:
+    """A tower and a language model in folders of their own, no shapes and no tokenizer named: that of the latter."""
+    arguments = [argument for argument in own_arguments(tmp_path, steps=1) if not argument.startswith("model.path")]
+    whole = load_model(tmp_path / "model")
+    whole.model.vision_tower.save_pretrained(tmp_path / "vit")
+    Qwen2ForCausalLM(whole.config.text_config).save_pretrained(tmp_path / "llm")
+    tiny.load_tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    parts = [f"model.vision_path={tmp_path}/vit", f"model.language_model_path={tmp_path}/llm"]
+    ended = train(*arguments, *parts, f"run_dir={tmp_path}/run", "stage.trainable=[projector]")
+    assert ended.returncode == 0, ended.stderr
+    trained = load_model(tmp_path / "run" / STAGE / "weights").model.vision_tower.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in whole.model.vision_tower.state_dict().items())
 
 
 def test_what_cannot_be_exported_says_why(runs: Path, tmp_path: Path) -> None:
