@@ -56,8 +56,9 @@ def shapes_of(model: ModelConfig, init_from: str | None = None) -> InternVLConfi
     """
     if model.language_model:
         return build_config(model)
-    if init_from is not None:
-        return read_config(init_from)
+    source = init_from or model.path
+    if source is not None and (init_from is not None or not (model.vision_path or model.language_model_path)):
+        return read_config(source)
     if not has_weights(model):
         raise ConfigError(f"model={model.name} has neither shapes nor a path: give model.path")
     return open_configured(model).config
