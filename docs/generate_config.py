@@ -31,6 +31,7 @@ GROUPS: dict[str, type] = {
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "strategy": schema.StrategyConfig,
+    "scaling": schema.ScalingConfig,
     "recipe": schema.RecipeConfig,
     "ivl-audit": AuditConfig,
     "ivl-preferences": PreferencesConfig,

@@ -26,6 +26,9 @@ Reference = Literal["cached", "online", "adapter_off"]
 ShiftUpdate = Literal["micro_batch", "pair", "step"]
 Decay = Literal["matrices", "all"]
 Schedule = Literal["cosine", "constant"]
+PixelShuffle = Literal["v1", "v2"]
+Entry = Literal["mlp_warmup", "vit_incremental"]
+CarriedProjector = Literal["match", "new"]
 
 
 def _unset_by_part() -> dict[Part, float | None]:
@@ -58,6 +61,8 @@ class ModelConfig(Strict):
         vision: fields of transformers' `InternVLVisionConfig`.
         language_model: `model_type` of any AutoModel language model, and fields of its configuration class.
         downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
+        ps_version: order of a tile's tokens: `v2` row after row, `v1` column after column (InternVL 1.1, 1.2); null takes
+            the checkpoint's own, else v2.
         position_std: spread of the class token and positions of a tower with random weights; 1 is the original's.
         dtype: of the stored weights; the optimizer keeps the same.
         attention: `ivl_packed`, or a transformers implementation that honors `cu_seq_lens_*` (flash_attention_2).
@@ -75,6 +80,7 @@ class ModelConfig(Strict):
     vision: dict[str, Any] = field(default_factory=dict)
     language_model: dict[str, Any] = field(default_factory=dict)
     downsample_ratio: float = 0.5
+    ps_version: PixelShuffle | None = None
     position_std: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = "ivl_packed"
@@ -132,6 +138,7 @@ class DataConfig(Strict):
         val_rows: rows held back by a hash of their content, over all datasets; 0 for none.
         cache_dir: where measured rows are kept between runs.
         packs_per_step: packs of an optimizer step over all ranks (the global batch).
+        batch_samples: conversations of an optimizer step, which `packs_per_step` packs share; null fills the packs.
         batch_pairs: preference pairs of an optimizer step; `packs_per_step` packs share them.
         augmentation_seed: of JPEG degradation and frames in preference training, the same in every epoch and run.
         generation_meta: meta.json of conversations that preference training answers in validation; null for none.
@@ -173,6 +180,7 @@ class DataConfig(Strict):
     val_rows: int = 0
     cache_dir: str | None = None
     packs_per_step: int = 1
+    batch_samples: int | None = None
     batch_pairs: int = 256
     augmentation_seed: int = 0
     generation_meta: str | None = None
@@ -364,19 +372,47 @@ class StrategyConfig(Strict):
 
 
 @dataclass(kw_only=True)
+class ScalingConfig(Strict):
+    """Progressive scaling: the vision tower is one that was trained beside another language model.
+
+    Attributes:
+        donor: run folder, exported folder, checkpoint of either layout, or bare vision tower; null is none.
+        entry: stage that gets the tower. `mlp_warmup` runs stage 1 and leaves stage 1.5 out (published scripts);
+            `vit_incremental` leaves stage 1 out (one account of the method).
+        projector: `match` brings the donor's projector too where the language models are equally wide, `new` never.
+    """
+
+    donor: str | None = None
+    entry: Entry = "mlp_warmup"
+    projector: CarriedProjector = "match"
+
+
+@dataclass(kw_only=True)
 class RecipeConfig(Strict):
     """A published (or chosen) chain of stages.
 
     Attributes:
         name: of the recipe.
-        model: the model config it belongs to.
+        model: the model config it belongs to; null suits any.
         source: where its numbers come from.
+        sources: stage name -> the same, of a stage whose numbers come from elsewhere.
+        chosen: stage name -> settings of it that no source gives; they are those of the nearest member.
+        gpus: stage name -> accelerators of the published run; shown, not used.
+        donor: recipe whose run gives the vision tower (`scaling.donor`).
+        on_request: stages that run only where `stages` or `scaling.entry` names them.
+        sequels: folder -> overrides of a further run, made in `RUN/FOLDER` once the chain is finished.
         stages: stage name -> settings of that stage, a mapping of the same tree as `train.yaml`.
     """
 
     name: str = "none"
     model: str | None = None
     source: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, list[str]] = field(default_factory=dict)
+    gpus: dict[str, int] = field(default_factory=dict)
+    donor: str | None = None
+    on_request: list[str] = field(default_factory=list)
+    sequels: dict[str, list[str]] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -389,6 +425,7 @@ class RunConfig(Strict):
         run_dir: folder of the run, the same on every rank.
         stages: stages to run, in order; null runs the recipe's.
         init_from: run folder or weights folder the first stage starts from.
+        dry_run: print what each stage would do, and do nothing.
         stage: what trains.
         model: the network.
         data: of this stage.
@@ -396,6 +433,7 @@ class RunConfig(Strict):
         loss: the loss head of supervised stages.
         preference: the loss of the preference stage.
         lora: adapters that train in place of a part's weights.
+        scaling: where the vision tower comes from.
         optim: optimizer and schedule.
         trainer: length, devices, precision.
         strategy: how ranks share the work.
@@ -415,8 +453,10 @@ class RunConfig(Strict):
     strategy: StrategyConfig
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     stages: list[str | int | float] | None = None
     init_from: str | None = None
+    dry_run: bool = False
     stage_data: dict[str, str | dict[str, Any] | None] = field(default_factory=dict)
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)

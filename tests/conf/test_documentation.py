@@ -21,7 +21,7 @@ from ivl_lightning.data.exclusion import EXCLUDED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GROUPS = "model|data|stage|loss|preference|lora|optim|trainer|strategy|callbacks|logger|recipe"
+GROUPS = "model|data|stage|loss|preference|lora|optim|trainer|strategy|callbacks|logger|recipe|scaling"
 # Made up in an example, for a file of the reader's own.
 READERS_OWN = {"mine"}
 
