@@ -38,8 +38,14 @@ RESERVED_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
 WEIGHTS_FOLDER = "weights"
 """Where a stage leaves its weights, below its folder."""
 
+DONE_NAME = "done.json"
+"""What marks a stage's folder as finished."""
+
+TOWER_STAGE = "vit_incremental"
+"""The stage whose vision tower other language models take over."""
+
 PREFERENCE_STAGE = "mixed_preference"
-STAGES = ("language_warmup", "mlp_warmup", "vit_incremental", "instruction_tuning", PREFERENCE_STAGE)
+STAGES = ("language_warmup", "mlp_warmup", TOWER_STAGE, "instruction_tuning", PREFERENCE_STAGE)
 """Stages in the order of a chain."""
 
 IMAGE_PLACEHOLDER = "<image>"

@@ -15,7 +15,7 @@ from ivl_lightning.config.schema import DataConfig, ModelConfig
 from ivl_lightning.constants import IGNORE_INDEX
 from ivl_lightning.data.collate import pack_samples
 from ivl_lightning.data.collate_pairs import pack_pairs
-from ivl_lightning.models.build import build_model
+from ivl_lightning.models.loader import build_model
 from ivl_lightning.models.tokenizer import image_token_id, load_tokenizer
 from ivl_lightning.structures import Encoded, EncodedPair, Pack, PackedBatch, PlannedPack, PreferenceBatch
 

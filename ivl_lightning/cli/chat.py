@@ -137,7 +137,7 @@ def check_media(config: ChatConfig) -> None:
 
 
 def _weights(path: str) -> str:
-    from ivl_lightning.launch.chain import weights_folder
+    from ivl_lightning.checkpoints.run_folders import weights_folder
 
     folder = Path(path).expanduser()
     # An adapter names the model that it belongs to.

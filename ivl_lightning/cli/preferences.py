@@ -76,7 +76,7 @@ def run(config: PreferencesConfig) -> Summary:
 
     from ivl_lightning.curation.build import build_pairs
     from ivl_lightning.launch.network import tokenizer_of, with_template
-    from ivl_lightning.models.build import build_model
+    from ivl_lightning.models.loader import build_model
 
     config = replace(config, model=with_template(config.model))
     tokenizer = tokenizer_of(config.model)

@@ -61,8 +61,8 @@ class ModelConfig(Strict):
         vision: fields of transformers' `InternVLVisionConfig`.
         language_model: `model_type` of any AutoModel language model, and fields of its configuration class.
         downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
-        ps_version: order of a tile's tokens: `v2` row after row, `v1` column after column (InternVL 1.1, 1.2); null takes
-            the checkpoint's own, else v2.
+        ps_version: order of a tile's tokens: `v2` row by row, `v1` column by column (InternVL 1.1, 1.2); null takes the
+            checkpoint's own, else v2.
         position_std: spread of the class token and positions of a tower with random weights; 1 is the original's.
         dtype: of the stored weights; the optimizer keeps the same.
         attention: `ivl_packed`, or a transformers implementation that honors `cu_seq_lens_*` (flash_attention_2).

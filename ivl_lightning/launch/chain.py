@@ -12,11 +12,11 @@ from typing import Any
 from hydra.utils import get_method
 from rich import print as rich_print
 
+from ivl_lightning.checkpoints.run_folders import weights_folder
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import PrepareConfig, RunConfig
-from ivl_lightning.constants import WEIGHTS_FOLDER
+from ivl_lightning.constants import DONE_NAME, WEIGHTS_FOLDER
 from ivl_lightning.launch.finished import (
-    DONE_NAME,
     Finished,
     check_same,
     check_same_settings,
@@ -67,23 +67,6 @@ def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
 def stage_folder(config: RunConfig, name: str) -> Path:
     """RUN/NAME."""
     return Path(config.run_dir) / name
-
-
-def weights_folder(source: str) -> Path:
-    """The weights a run, a stage of it, or a plain folder holds; of a run those of the stage that finished last.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    folder = Path(source)
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return folder
-    if (folder / WEIGHTS_FOLDER / "config.json").is_file():
-        return folder / WEIGHTS_FOLDER
-    finished = sorted(folder.glob(f"*/{DONE_NAME}"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise ConfigError(f"init_from={source}: neither a folder of weights nor a run with a finished stage")
-    return finished[-1].parent / WEIGHTS_FOLDER
 
 
 def _run_or_skip(name: str, config: RunConfig) -> Finished:

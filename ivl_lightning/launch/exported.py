@@ -9,12 +9,12 @@ from transformers import InternVLConfig
 
 from ivl_lightning.checkpoints.adapters import Merged
 from ivl_lightning.checkpoints.lightning_files import open_lightning
+from ivl_lightning.checkpoints.run_folders import weights_folder
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, TensorSource, renamed
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.convert import ExportConfig
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import WEIGHTS_FOLDER
-from ivl_lightning.launch.chain import weights_folder
 from ivl_lightning.launch.network import tokenizer_of
 from ivl_lightning.launch.run_stage import CONFIG_NAME, initial_checkpoint, read_config
 from ivl_lightning.launch.trainer import CHECKPOINT_FOLDER, newest_checkpoint

@@ -11,8 +11,7 @@ from typing import Any
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
-
-DONE_NAME = "done.json"
+from ivl_lightning.constants import DONE_NAME
 
 # Settings that say how a stage ran and not what it learned.
 _VOLATILE: tuple[str, ...] = (
@@ -44,7 +43,7 @@ _VOLATILE: tuple[str, ...] = (
 
 # Settings that a chain shares and only the one or the other kind of stage reads.
 _OF_PREFERENCE = ("preference", "data.batch_pairs", "data.augmentation_seed", "data.generation_meta")
-_OF_SUPERVISED = ("loss",)
+_OF_SUPERVISED = ("loss", "data.batch_samples")
 
 
 @dataclass(frozen=True, slots=True)

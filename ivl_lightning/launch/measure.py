@@ -8,11 +8,12 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from ivl_lightning.checkpoints.run_folders import weights_folder
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import Ledger, TooManyRejectsError
-from ivl_lightning.launch.chain import prepare, weights_folder
+from ivl_lightning.launch.chain import prepare
 from ivl_lightning.launch.network import tokenizer_of, with_template
 from ivl_lightning.launch.run_stage import build_datamodule
 

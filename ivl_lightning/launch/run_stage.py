@@ -15,7 +15,7 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.checkpoints.source import MemorySource
 from ivl_lightning.checkpoints.weights import full_state_dict
@@ -31,8 +31,9 @@ from ivl_lightning.launch.finished import Finished, deciding_settings, weights_h
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
-from ivl_lightning.models.build import build_model, has_weights, open_configured, weight_sources
+from ivl_lightning.models.build import has_weights, open_configured, weight_sources
 from ivl_lightning.models.checkpoint import Checkpoint
+from ivl_lightning.models.loader import ConfiguredNetwork
 from ivl_lightning.models.parts import patch_size, tile_size
 from ivl_lightning.stages.base import Stage
 
@@ -197,7 +198,7 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     stage_class = get_class(settings._target_)
     own = preference_options(config) if settings.rows == "pairs" else {"loss": instantiate(asdict(config.loss))}
     return stage_class(
-        partial(initial_model, config, tokenizer),
+        ConfiguredNetwork(initial_settings(config), tokenizer, seed=config.seed),
         **own,
         optim=config.optim,
         trainable=settings.trainable,
@@ -241,16 +242,6 @@ def _head(name: str, settings: dict[str, Any]) -> Any:
             f"preference.parts.{name}.head cannot be built: {error.__cause__ or error}. To take another head, set "
             f"preference.parts.{name}=null and add +preference.parts.NAME={{weight: ..., head: {{_target_: ...}}}}"
         ) from error
-
-
-def initial_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
-    """The network a stage starts from: the weights of `init_from`, or what `model` describes.
-
-    What is random in it follows from the seed alone: measuring data anew, and not finding them measured, draws numbers.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build_model(initial_settings(config), tokenizer)
 
 
 def initial_settings(config: RunConfig) -> ModelConfig:

@@ -41,11 +41,13 @@ from ivl_lightning.models.original_config import (
     ORIGINAL_VISION_TYPE,
     RECORD,
     has_original_class,
+    is_transposed,
     language_class,
     language_from_original,
     named_class,
     native_language_class,
     record,
+    set_order,
     to_original,
     vision_from_original,
 )
@@ -162,6 +164,7 @@ class Sources:
         image_size: side of a tile in pixels; position embeddings are resized to it. None keeps the tower's.
         downsample_ratio: pixel unshuffle, where there is no whole checkpoint.
         template: chat template, where there is no whole checkpoint.
+        ps_version: order of a tile's tokens, where there is no whole checkpoint; None is v2.
     """
 
     path: str | Path | None = None
@@ -171,6 +174,7 @@ class Sources:
     image_size: int | None = None
     downsample_ratio: float = 0.5
     template: str = DEFAULT_TEMPLATE
+    ps_version: str | None = None
 
 
 def open_sources(sources: Sources) -> Checkpoint:
@@ -182,7 +186,16 @@ def open_sources(sources: Sources) -> Checkpoint:
     base = None if sources.path is None else open_checkpoint(sources.path)
     named = (sources.vision, sources.projector, sources.language_model)
     whole = base if base is not None and not any(named) else _assemble(base, sources)
+    _check_order(whole, sources.ps_version)
     return with_image_size(whole, sources.image_size)
+
+
+def _check_order(whole: Checkpoint, version: str | None) -> None:
+    if version is not None and is_transposed(whole.config) != (version == "v1"):
+        raise CheckpointError(
+            f"ps_version={version} was asked for, but the image tokens of {whole.folder} are in the order "
+            f"{'v1' if is_transposed(whole.config) else 'v2'}, which its weights were trained with"
+        )
 
 
 def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
@@ -199,7 +212,10 @@ def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
     tensors = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
     tensors.append(_projector(sources.projector, config, tensors))
     if base is None or language is not None:
-        _make_record(config, base.config if base is not None else tower and tower.whole, language, sources.template)
+        origin = base.config if base is not None else tower and tower.whole
+        _make_record(config, origin, language, sources.template)
+        if origin is None:
+            set_order(config, sources.ps_version)
     speaker = language or base
     assert speaker is not None
     _take_image_token(config, speaker.tokenizer)

@@ -15,7 +15,6 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
@@ -25,10 +24,10 @@ from ivl_lightning.models.assembly import Sources, open_sources
 # Imported for its registration: `attn_implementation="ivl_packed"` is known from here on.
 from ivl_lightning.models.attention import PACKED_ATTENTION
 from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint
-from ivl_lightning.models.original_config import DEFAULT_TEMPLATE, keep_record
+from ivl_lightning.models.original_config import DEFAULT_TEMPLATE, keep_record, set_order
 from ivl_lightning.models.parts import set_image_size, text_config, tile_size, vision_tower
+from ivl_lightning.models.projector import choose_projector
 from ivl_lightning.models.streaming import empty_model, fill
-from ivl_lightning.models.tokenizer import image_token_id
 
 VISION_ATTENTION = "sdpa"
 
@@ -65,24 +64,6 @@ def _check_fields(where: str, given: dict[str, Any], known: PreTrainedConfig) ->
             raise ValueError(f"{where}.{key} is not a field of {type(known).__name__}{hint}")
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> InternVLForConditionalGeneration:
-    """A model with random weights (or those of `config.path` and its kin) whose vocabulary holds the tokenizer's.
-
-    Raises:
-        ValueError: unknown fields, a tokenizer without `<IMG_CONTEXT>`, or weights that cannot be read.
-    """
-    dtype = getattr(torch, config.dtype)
-    if has_weights(config):
-        model = _filled(open_configured(config), dtype=dtype, attention=config.attention)
-        check_shapes(model, config)
-    else:
-        model = _random_model(config, len(tokenizer), dtype)
-    grow_vocabulary(model, len(tokenizer))
-    keep_record(model.config, config.template)
-    model.config.image_token_id = model.model.config.image_token_id = image_token_id(tokenizer)
-    return model
-
-
 def has_weights(config: ModelConfig) -> bool:
     """Whether the network is read from somewhere, and not made of random numbers."""
     return bool(weight_sources(config))
@@ -109,6 +90,7 @@ def open_configured(config: ModelConfig) -> Checkpoint:
             image_size=_wanted_tile(config),
             downsample_ratio=config.downsample_ratio,
             template=config.template or DEFAULT_TEMPLATE,
+            ps_version=config.ps_version,
         )
     )
 
@@ -118,13 +100,26 @@ def _wanted_tile(config: ModelConfig) -> int | None:
     return side if isinstance(side, int) else None
 
 
-def _random_model(config: ModelConfig, vocabulary: int, dtype: torch.dtype) -> InternVLForConditionalGeneration:
+def random_model(config: ModelConfig, vocabulary: int) -> InternVLForConditionalGeneration:
+    """A network of random weights in these shapes.
+
+    Args:
+        config: its shapes.
+        vocabulary: token rows at least; as many, where the shapes do not say.
+
+    Raises:
+        ValueError: see `build_config`.
+    """
     internvl = build_config(config)
-    if "vocab_size" not in config.language_model:
-        text_config(internvl).vocab_size = vocabulary
+    if config.ps_version is not None:
+        keep_record(internvl, config.template)
+        set_order(internvl, config.ps_version)
+    known = "vocab_size" in config.language_model
+    text_config(internvl).vocab_size = max(vocabulary, text_config(internvl).vocab_size if known else 0)
     model = InternVLForConditionalGeneration._from_config(
-        internvl, dtype=dtype, attn_implementation=_attention(config.attention)
+        internvl, dtype=getattr(torch, config.dtype), attn_implementation=_attention(config.attention)
     )
+    choose_projector(model)
     if model.device.type != "meta":
         _break_symmetry(vision_tower(model), config.position_std)
     return model
@@ -186,23 +181,34 @@ def load_model(
             template=template,
         )
     )
-    return _filled(checkpoint, dtype=dtype, attention=attention, device_of=device_of)
+    model = empty_network(checkpoint, dtype=dtype, attention=attention)
+    fill(model, checkpoint.tensors, described_by=described_by(checkpoint), device_of=device_of)
+    return model
 
 
-def _filled(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    attention: str,
-    device_of: Callable[[str], torch.device] = lambda _: torch.device("cpu"),
-) -> InternVLForConditionalGeneration:
-    described_by = str(checkpoint.folder / CONFIG_NAME)
-    model = empty_model(checkpoint.config, dtype=dtype, attention=_attention(attention), described_by=described_by)
-    fill(model, checkpoint.tensors, described_by=described_by, device_of=device_of)
+def empty_network(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str) -> InternVLForConditionalGeneration:
+    """The network of a checkpoint without memory for its weights, in evaluation mode.
+
+    Args:
+        checkpoint: opened.
+        dtype: of its parameters.
+        attention: of the language model, by transformers' names.
+
+    Raises:
+        CheckpointError: no network can be built from its configuration.
+    """
+    model = empty_model(
+        checkpoint.config, dtype=dtype, attention=_attention(attention), described_by=described_by(checkpoint)
+    )
     if checkpoint.generation is not None:
         model.generation_config = checkpoint.generation
     model.config._name_or_path = str(checkpoint.folder)
     return model.eval()
+
+
+def described_by(checkpoint: Checkpoint) -> str:
+    """The file that describes a checkpoint, for messages."""
+    return str(checkpoint.folder / CONFIG_NAME)
 
 
 def check_shapes(model: InternVLForConditionalGeneration, config: ModelConfig) -> None:
@@ -222,22 +228,6 @@ def check_shapes(model: InternVLForConditionalGeneration, config: ModelConfig) -
                     f"the weights have {part}.{key}={getattr(there, key)}, but model={config.name} has "
                     f"{getattr(here, key)}: choose the model the weights belong to"
                 )
-
-
-def grow_vocabulary(model: InternVLForConditionalGeneration, size: int) -> None:
-    """Give the model `size` token rows at least; new output rows are the mean of the old ones.
-
-    Source: official `internvl_chat_finetune.py`: new input rows keep the library's random start, new output rows the
-    mean, so that a new token begins as likely as an average one.
-    """
-    old = text_config(model.config).vocab_size
-    if size <= old:
-        return
-    model.resize_token_embeddings(size, mean_resizing=False)
-    with torch.no_grad():
-        head = model.lm_head.weight
-        head[old:] = head[:old].mean(dim=0, keepdim=True)
-    text_config(model.config).vocab_size = size
 
 
 def enable_activation_checkpointing(model: InternVLForConditionalGeneration) -> None:

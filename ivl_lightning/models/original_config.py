@@ -192,6 +192,24 @@ def is_transposed(config: InternVLConfig) -> bool:
     return bool(record(config)) and record(config).get("ps_version", "v1") == "v1"
 
 
+def set_order(config: InternVLConfig, version: str | None) -> None:
+    """Give a network of new parts the order of a tile's tokens (`ps_version`), in place; None leaves it.
+
+    Raises:
+        CheckpointError: it is of the other order, or its language model has no class in the original, which alone can
+            express v1.
+    """
+    if version is None or is_transposed(config) == (version == "v1"):
+        return
+    kept = record(config)
+    if not kept:
+        raise CheckpointError(
+            f"ps_version={version}: only the original's layout can say so, and it has no class for a language model of "
+            f"type {text_config(config).model_type}"
+        )
+    setattr(config, RECORD, {**kept, "ps_version": version})
+
+
 def to_original(config: InternVLConfig, *, template: str, language: str | None = None) -> dict[str, Any]:
     """config.json of the original layout.
 

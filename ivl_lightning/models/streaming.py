@@ -1,4 +1,4 @@
-"""A network on the meta device, and its weights read into it one tensor at a time."""
+"""A network on the meta device, and its weights read into it one tensor at a time, whole or this rank's shares."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ivl_lightning.checkpoints.source import CheckpointError, TensorSource
@@ -58,18 +59,85 @@ def fill(
     Raises:
         CheckpointError: a missing or surplus tensor, one of another shape, or one that cannot be read.
     """
-    parameters = dict(model.named_parameters())
-    check_complete(source, {name: tuple(value.shape) for name, value in parameters.items()}, described_by)
-    for name in source.names():
-        old = parameters[name]
-        # Always a copy: what was read may lie in the file itself.
-        value = source.read(name).to(device_of(name), old.dtype, copy=True)
-        _replace(model, name, nn.Parameter(value, requires_grad=old.requires_grad))
+    check_fits(model, source, described_by)
+    write(model, source, device_of=device_of)
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device_of(name)))
 
 
-def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def check_fits(model: nn.Module, source: TensorSource, described_by: str) -> None:
+    """Every parameter must be in the source, in its shape, and nothing else.
+
+    Raises:
+        CheckpointError: names what is missing, surplus or of another shape.
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    check_complete(source, shapes, described_by)
+
+
+@torch.no_grad()
+def write(model: nn.Module, source: TensorSource, *, device_of: Callable[[str], torch.device] = lambda _: _CPU) -> None:
+    """Put a source's tensors into the parameters of their names; of a sharded one this rank's share alone.
+
+    Args:
+        model: parameters on the meta device get memory, unless they are sharded (see `materialise`).
+        source: with native names, all or some of the model's.
+        device_of: where a parameter that was on the meta device shall lie.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    for name in source.names():
+        old = parameter_of(model, name)
+        value = source.read(name)
+        if not old.is_meta:
+            old.copy_(_share(value, old))
+            continue
+        # Always a copy: what was read may lie in the file itself.
+        new = value.to(device_of(name), old.dtype, copy=True)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def materialise(root: nn.Module, device: torch.device) -> None:
+    """Give sharded parameters on the meta device memory for their shares, without values; all else stays as it is.
+
+    Args:
+        root: the module that FSDP shards: it must notice that its parameters are others.
+        device: of the shares.
+    """
+    root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def different(model: nn.Module, source: TensorSource) -> list[str]:
+    """Names of a source's tensors that are not, bit for bit, the model's; of sharded ones this rank's share counts.
+
+    Args:
+        model: filled; may be sharded, or have adapters.
+        source: with native names; values are compared in the model's type.
+    """
+    return [name for name in source.names() if not _same(parameter_of(model, name), source.read(name))]
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a native name, also where adapters have wrapped its layer."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    module = model.get_submodule(owner)
+    base = getattr(module, "base_layer", module)
+    parameter = getattr(base, leaf)
+    assert isinstance(parameter, nn.Parameter), name
+    return parameter
+
+
+def _same(parameter: nn.Parameter, value: Tensor) -> bool:
+    share = _share(value, parameter)
+    own, wanted = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (parameter, share))
+    return torch.equal(own, wanted.to(own.device, own.dtype))
+
+
+def _share(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as this rank holds it of a parameter, without communication: every rank has read it itself."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

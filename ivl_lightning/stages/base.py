@@ -25,10 +25,12 @@ from ivl_lightning.metrics.exact_match import ExactMatch
 from ivl_lightning.models.build import enable_activation_checkpointing
 from ivl_lightning.models.drop_path import apply_drop_path
 from ivl_lightning.models.freeze import frozen_modules, model_parts, part_sizes, set_trainable
+from ivl_lightning.models.loader import NetworkLoader, ReadyNetwork
 from ivl_lightning.models.lora import add_lora, freeze_adapted, lora_scale
 from ivl_lightning.models.parts import vision_layers, vision_tower
 from ivl_lightning.models.quantize import four_bit_names, quantize_language_model, unquantized
 from ivl_lightning.models.shard import shard_model
+from ivl_lightning.models.streaming import materialise
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
 from ivl_lightning.stages.frozen_base import FrozenBase
@@ -39,14 +41,16 @@ from ivl_lightning.structures import Answer, PackedBatch, PlannedPack, Preferenc
 NETWORK_CONFIG = "internvl_config"
 """Entry of a checkpoint: configuration of the network whose weights it holds."""
 
-ModelSource: TypeAlias = InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
+ModelSource: TypeAlias = (
+    InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration] | NetworkLoader
+)
 
 
 class Stage(L.LightningModule):
     """A stage of training; a subclass adds its loss.
 
     Args:
-        model: the network, or a function that builds it; a function is called once the strategy is set up.
+        model: the network, or a function or loader that builds it, once the strategy is set up.
         optim: optimizer and schedule.
         trainable: parts that train; by default those with adapters, or the stage's own choice.
         trainable_vision_layers: of a trainable tower only the last n layers.
@@ -78,8 +82,7 @@ class Stage(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # Behind a function, so that Lightning does not register a ready network a second time.
-        self._source = (lambda: model) if isinstance(model, InternVLForConditionalGeneration) else model
+        self.loader = model if isinstance(model, NetworkLoader) else ReadyNetwork(model)
         self.optim = optim or OptimConfig()
         self._builds_anew = not isinstance(model, nn.Module)
         self.lora = lora or LoraSettings()
@@ -122,7 +125,9 @@ class Stage(L.LightningModule):
         """Build, freeze, wrap and shard; called by Lightning once devices are known, or by hand without a trainer."""
         if self.root is not None:
             return
-        model = self._source()
+        model = self.loader.build()
+        if self._needs_weights_early:
+            self.loader.fill(model)
         apply_drop_path(vision_tower(model), self.drop_path_rate)
         set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
         self._adapt(model)
@@ -132,7 +137,26 @@ class Stage(L.LightningModule):
         if self._frozen_base is not None:
             self._frozen_base.attach(self, "root.internvl")
         self._shard(self.root)
+        if not self._needs_weights_early:
+            self._fill(self.root)
         self.train()
+
+    @property
+    def _needs_weights_early(self) -> bool:
+        """Whether building goes on from the weights: adapters are made beside them."""
+        return bool(self.lora.parts)
+
+    def _fill(self, root: InternVLRoot) -> None:
+        """Read the weights; of a sharded network each rank its own shares."""
+        if self.device_mesh is not None:
+            materialise(root, self.trainer.strategy.root_device if self._trainer is not None else self.device)
+        self.loader.fill(root.internvl)
+
+    def _whole_network(self) -> InternVLForConditionalGeneration:
+        """The network the stage began with, once more, not sharded."""
+        model = self.loader.build()
+        self.loader.fill(model)
+        return model
 
     def _adapt(self, model: InternVLForConditionalGeneration) -> None:
         """Freeze what gets adapters, quantize it if wanted, and add them; nothing without LoRA."""
@@ -160,7 +184,7 @@ class Stage(L.LightningModule):
             ValueError: weights that were in 4 bits cannot be read again.
         """
         if self.lora.quantize is not None:
-            plain = self._source().state_dict()
+            plain = self._whole_network().state_dict()
             assert self._frozen_base is not None
             self._frozen_base.check_tensors({name: plain[name] for name in four_bit_names(state_dict).values()})
             state_dict = unquantized(state_dict, plain)

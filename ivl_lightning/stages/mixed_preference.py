@@ -113,6 +113,12 @@ class MixedPreference(Stage):
             self._weights_id = lambda: found
         return InternVLWithLogps(model, chunk_rows=self.chunk_rows, always_run_vision=self._always_run_vision())
 
+    @property
+    def _needs_weights_early(self) -> bool:
+        """A reference model is copied from them, or known by them."""
+        own = self.reference == "online" or (self.reference == "cached" and self._weights_id is None)
+        return own or super()._needs_weights_early
+
     def _frozen(self, model: InternVLForConditionalGeneration) -> InternVLWithLogps:
         """A reference model, sharded like the policy."""
         model.requires_grad_(False)
@@ -164,7 +170,7 @@ class MixedPreference(Stage):
                 "reference log-probabilities are missing, but the model has been trained since: give the stage a "
                 "function that builds the model, or put the cache back"
             )
-        model = self._source()
+        model = self._whole_network()
         self._quantize(model)
         root = self._frozen(model)
         return root if self.device_mesh is not None else root.to(self.device)

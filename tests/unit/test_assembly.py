@@ -31,8 +31,9 @@ from ivl_lightning.config.schema import ModelConfig
 from ivl_lightning.conversion.native_forward import forward
 from ivl_lightning.conversion.write import write_checkpoint
 from ivl_lightning.models.assembly import JOINT, LANGUAGE, TOWER, Sources, open_sources
-from ivl_lightning.models.build import build_model, load_model
+from ivl_lightning.models.build import load_model
 from ivl_lightning.models.checkpoint import Checkpoint, open_checkpoint
+from ivl_lightning.models.loader import build_model
 from ivl_lightning.models.original_config import is_transposed, record
 from ivl_lightning.models.parts import text_config, tile_size
 from ivl_lightning.models.positions import POSITIONS, ResizedPositions, resize_positions

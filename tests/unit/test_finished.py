@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ivl_lightning.checkpoints.run_folders import weights_folder
 from ivl_lightning.config import schema
 from ivl_lightning.config.check import ConfigError
-from ivl_lightning.launch.chain import weights_folder
 from ivl_lightning.launch.finished import Finished, check_same, deciding_settings, read_finished, weights_hash
-from ivl_lightning.launch.run_stage import initial_model
+from ivl_lightning.models.loader import build_model
 from tests import tiny
 
 
@@ -125,7 +125,7 @@ def test_random_weights_follow_from_the_seed_alone():
     def built(seed: int, drawn: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(drawn)
         before = torch.get_rng_state()
-        model = initial_model(config(seed=seed, model=tiny.tiny_config()), tokenizer)
+        model = build_model(tiny.tiny_config(), tokenizer, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
         return model.get_input_embeddings().weight, model.model.vision_tower.embeddings.cls_token
 

@@ -9,18 +9,14 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 
 from ivl_lightning.config.schema import ModelConfig
 from ivl_lightning.losses.next_token import NextTokenLoss
-from ivl_lightning.models.build import (
-    build_config,
-    build_model,
-    check_shapes,
-    enable_activation_checkpointing,
-    grow_vocabulary,
-    load_model,
-)
+from ivl_lightning.models.build import build_config, check_shapes, enable_activation_checkpointing, load_model
+from ivl_lightning.models.checkpoint import EMBEDDINGS, HEAD, open_checkpoint
 from ivl_lightning.models.cost import forward_cost, training_cost
 from ivl_lightning.models.drop_path import DropPath, apply_drop_path
 from ivl_lightning.models.freeze import frozen_modules, part_sizes, set_trainable
+from ivl_lightning.models.loader import build_model
 from ivl_lightning.models.tokenizer import image_token_id
+from ivl_lightning.models.vocabulary import GrownVocabulary
 from ivl_lightning.stages.root import InternVLWithLoss
 from tests import tiny
 
@@ -69,14 +65,34 @@ def test_load_model_says_what_is_wrong_with_a_folder(tmp_path: Path):
         load_model(str(tmp_path))
 
 
-def test_new_output_rows_are_the_mean_of_the_old(model):
-    """Rows 1..n of the head average to m; every new row is m. Old rows stay."""
-    old = model.lm_head.weight.detach().clone()
-    grow_vocabulary(model, len(old) + 3)
-    new = model.lm_head.weight.detach()
-    assert torch.equal(new[: len(old)], old)
-    torch.testing.assert_close(new[len(old) :], old.mean(dim=0).expand(3, -1))
-    assert model.get_input_embeddings().weight.shape[0] == len(old) + 3 == model.config.text_config.vocab_size
+def test_a_vocabulary_that_grows(tmp_path: Path, tokenizer):
+    """The folder has the tokenizer's n rows, three more are wanted: old rows stay, each new output row is the mean m of
+    the old ones, new input rows are random with the library's spread, the same for the same seed.
+    """
+    tiny.build_tiny_model(tokenizer).save_pretrained(tmp_path)
+    old = load_model(tmp_path)
+    larger = [GrownVocabulary(open_checkpoint(tmp_path).tensors, len(tokenizer) + 3, std=0.02, seed=7) for _ in "ab"]
+    head, embeddings = larger[0].read(HEAD), larger[0].read(EMBEDDINGS)
+    before = old.lm_head.weight.detach()
+    assert larger[0].meta(HEAD).shape == head.shape
+    assert torch.equal(head[:-3], before)
+    torch.testing.assert_close(head[-3:], before.mean(dim=0).expand(3, -1))
+    assert torch.equal(embeddings[:-3], old.get_input_embeddings().weight)
+    assert 0.005 < embeddings[-3:].std() < 0.05
+    assert torch.equal(embeddings, larger[1].read(EMBEDDINGS))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_weights(tmp_path: Path, tokenizer):
+    """The network gets a row for each of the tokenizer's tokens."""
+    fewer = {**tiny.tiny_config().language_model, "vocab_size": len(tokenizer) - 5}
+    config = tiny_network_config(fewer)
+    InternVLForConditionalGeneration._from_config(config).save_pretrained(tmp_path)
+    model = build_model(ModelConfig(path=str(tmp_path)), tokenizer)
+    assert len(model.lm_head.weight) == len(tokenizer) == model.config.text_config.vocab_size
+
+
+def tiny_network_config(language_model: dict[str, object]) -> InternVLConfig:
+    return build_config(tiny.tiny_config(language_model=language_model))
 
 
 def test_any_language_model(tokenizer):

@@ -1,0 +1,178 @@
+"""Where a stage's network comes from: built when its devices are known, filled when it is sharded.
+
+Others may bring tensors for some of its parts before it is built (progressive scaling does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+
+from ivl_lightning.checkpoints.source import Combined, TensorSource
+from ivl_lightning.config.schema import ModelConfig, Part
+from ivl_lightning.models.build import (
+    check_shapes,
+    described_by,
+    empty_network,
+    has_weights,
+    open_configured,
+    random_model,
+)
+from ivl_lightning.models.original_config import keep_record
+from ivl_lightning.models.parts import text_config
+from ivl_lightning.models.streaming import check_fits, different, write
+from ivl_lightning.models.tokenizer import image_token_id
+from ivl_lightning.models.vocabulary import GrownVocabulary
+
+Bringer: TypeAlias = Callable[[InternVLConfig], TensorSource]
+"""Given a network's configuration, the tensors for some of its parts, under native names; raises ValueError where they
+do not fit."""
+
+
+class NetworkLoader:
+    """Builds a network, and fills it.
+
+    Attributes:
+        resumed: a checkpoint will take the place of all weights, so what others bring need not be read.
+    """
+
+    def __init__(self) -> None:
+        self.resumed = False
+        self._bringers: list[Bringer] = []
+        self._brought: list[TensorSource] = []
+
+    @property
+    def origins(self) -> dict[str, list[Part]]:
+        """Folders the network is read from, and the parts that come from each; nothing for one made in memory."""
+        return {}
+
+    def register(self, bringer: Bringer) -> None:
+        """Let others bring tensors in place of the network's own; before `build`."""
+        self._bringers.append(bringer)
+
+    def build(self) -> InternVLForConditionalGeneration:
+        """The network. Its weights may be on the meta device until `fill`.
+
+        Raises:
+            ValueError: it cannot be built, or what is brought does not fit it.
+        """
+        model = self._build()
+        self._brought = [] if self.resumed else [bring(model.config) for bring in self._bringers]
+        return model
+
+    def fill(self, model: InternVLForConditionalGeneration) -> None:
+        """Read the weights, brought ones too, into a network that was built here and may have been sharded since.
+
+        Raises:
+            ValueError: weights that are missing, damaged, or do not fit.
+        """
+        write(model, Combined(self._brought))
+
+    def not_as_brought(self, model: InternVLForConditionalGeneration) -> list[str]:
+        """Names of brought tensors that are not, bit for bit, those of the filled network."""
+        return different(model, Combined(self._brought))
+
+    def _build(self) -> InternVLForConditionalGeneration:
+        raise NotImplementedError
+
+
+class ReadyNetwork(NetworkLoader):
+    """A network that stands, or a function that makes one with its weights.
+
+    Args:
+        source: the network, or the function.
+    """
+
+    def __init__(
+        self, source: InternVLForConditionalGeneration | Callable[[], InternVLForConditionalGeneration]
+    ) -> None:
+        super().__init__()
+        self._source = source
+
+    def _build(self) -> InternVLForConditionalGeneration:
+        source = self._source
+        return source if isinstance(source, InternVLForConditionalGeneration) else source()
+
+
+class ConfiguredNetwork(NetworkLoader):
+    """The network that `ModelConfig` describes, with a vocabulary that holds the tokenizer's.
+
+    With weights from somewhere it is built without memory, and filled tensor by tensor when it is sharded: then a rank
+    never holds more than its shares and one tensor. A network of random weights has them at once.
+
+    Args:
+        config: shapes, or where weights are read from.
+        tokenizer: with the nine special tokens.
+        seed: of whatever is random in it.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> None:
+        super().__init__()
+        self._config, self._tokenizer, self._seed = config, tokenizer, seed
+        self._own: TensorSource | None = None
+
+    @property
+    def origins(self) -> dict[str, list[Part]]:
+        """See `NetworkLoader`."""
+        config, found = self._config, dict[str, list[Part]]()
+        named: dict[Part, str | None] = {
+            "vision": config.vision_path,
+            "projector": config.projector_path,
+            "llm": config.language_model_path,
+        }
+        for part, path in named.items():
+            if (path or config.path) is not None:
+                found.setdefault(str(path or config.path), []).append(part)
+        return found
+
+    def _build(self) -> InternVLForConditionalGeneration:
+        # What is random follows from the seed alone: measuring data anew, and not finding them measured, draws numbers.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model = self._empty() if has_weights(self._config) else self._random()
+        keep_record(model.config, self._config.template)
+        model.config.image_token_id = model.model.config.image_token_id = image_token_id(self._tokenizer)
+        return model
+
+    def _random(self) -> InternVLForConditionalGeneration:
+        self._own = None
+        return random_model(self._config, len(self._tokenizer))
+
+    def _empty(self) -> InternVLForConditionalGeneration:
+        checkpoint, config = open_configured(self._config), self._config
+        text, rows = text_config(checkpoint.config), len(self._tokenizer)
+        self._own = checkpoint.tensors
+        if rows > text.vocab_size:
+            std = float(getattr(text, "initializer_range", 0.02))
+            self._own = GrownVocabulary(self._own, rows, std=std, seed=self._seed)
+            text.vocab_size = rows
+        self._described_by = described_by(checkpoint)
+        model = empty_network(checkpoint, dtype=getattr(torch, config.dtype), attention=config.attention)
+        check_shapes(model, config)
+        return model
+
+    def fill(self, model: InternVLForConditionalGeneration) -> None:
+        """See `NetworkLoader`."""
+        if self._own is None:
+            super().fill(model)
+            return
+        everything = Combined([self._own, *self._brought])
+        check_fits(model, everything, self._described_by)
+        write(model, everything)
+
+
+def build_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+) -> InternVLForConditionalGeneration:
+    """The network that `config` describes, filled; see `ConfiguredNetwork`.
+
+    Raises:
+        ValueError: unknown fields, a tokenizer without `<IMG_CONTEXT>`, or weights that cannot be read.
+    """
+    loader = ConfiguredNetwork(config, tokenizer, seed=seed)
+    model = loader.build()
+    loader.fill(model)
+    return model
