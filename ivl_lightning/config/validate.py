@@ -15,8 +15,7 @@ def validate(config: RunConfig) -> None:
     """
     faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
     faults += lora_faults(config)
-    if config.stage.rows == "pairs":
-        faults += _preference_faults(config)
+    faults += _preference_faults(config) if config.stage.rows == "pairs" else _batch_faults(config)
     if faults:
         raise ConfigError(f"stage {config.stage.name}:\n" + "\n".join(faults))
 
@@ -80,6 +79,22 @@ def _data_faults(config: RunConfig) -> list[str]:
     return faults
 
 
+def _batch_faults(config: RunConfig) -> list[str]:
+    batch, packs = config.data.batch_samples, config.data.packs_per_step
+    if batch is None or 1 <= packs <= batch:
+        return []
+    if batch < 1:
+        return [f"data.batch_samples={batch} must be at least 1, or null to fill packs"]
+    return [_empty_packs("batch_samples", batch, packs)]
+
+
+def _empty_packs(setting: str, batch: int, packs: int) -> str:
+    return (
+        f"data.{setting}={batch} is less than data.packs_per_step={packs}, so packs would stay empty: lower "
+        f"packs_per_step (a multiple of the ranks), or raise {setting}"
+    )
+
+
 def _preference_faults(config: RunConfig) -> list[str]:
     preference, data = config.preference, config.data
     faults = []
@@ -93,10 +108,7 @@ def _preference_faults(config: RunConfig) -> list[str]:
     if not any(part is not None for part in preference.parts.values()):
         faults.append("preference.parts names no part: choose preference=mpo or preference=dpo")
     if data.batch_pairs < data.packs_per_step:
-        faults.append(
-            f"data.batch_pairs={data.batch_pairs} is less than data.packs_per_step={data.packs_per_step}, so packs "
-            "would stay empty: lower packs_per_step (a multiple of the ranks), or raise batch_pairs"
-        )
+        faults.append(_empty_packs("batch_pairs", data.batch_pairs, data.packs_per_step))
     if data.over_length == "truncate":
         faults.append("data.over_length=truncate would cut answers of preference pairs: use reject or shrink")
     if config.model.attention != "ivl_packed":

@@ -80,8 +80,9 @@ def write_steps(plan: TrainingPlan, cache_dir: Path, steps: int) -> None:
 
 def _path(plan: TrainingPlan, cache_dir: Path) -> Path:
     settings = asdict(plan.settings)
-    # The number of steps of an epoch depends neither on how many epochs follow nor on how labels are weighed.
-    for name in ("epochs", "reduction"):
+    # The number of steps of an epoch depends neither on how many epochs follow nor on how labels are weighed, and
+    # where `batch_samples` decides it nothing is counted.
+    for name in ("epochs", "reduction", "batch_samples"):
         del settings[name]
     content = json.dumps({"settings": settings, "mixture": [asdict(share) for share in plan.mixture]}, sort_keys=True)
     return cache_dir / f"steps-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,7 @@ class PlanSettings:
         repeat_rule: see `epoch_order`.
         cost: modeled work, by which packs are grouped.
         max_frames: most frames a video may be given; what is drawn.
+        batch_samples: conversations of an optimizer step; None where as many as fill the packs.
         batch_pairs: preference pairs of an optimizer step; None for conversations.
         augmentation_seed: of the frames of preference pairs.
         epochs: passes over the data in the run; None where only steps count.
@@ -105,13 +106,14 @@ class PlanSettings:
     repeat_rule: RepeatRule = "random"
     cost: Cost = DEFAULT_COST
     max_frames: int = 32
+    batch_samples: int | None = None
     batch_pairs: int | None = None
     augmentation_seed: int = 0
     epochs: int | None = None
 
 
 class TrainingPlan:
-    """Plans epochs.
+    """Plans epochs; a step holds what fills its packs.
 
     Args:
         rows: of the mixture's datasets.
@@ -121,6 +123,9 @@ class TrainingPlan:
     Raises:
         ValueError: there is no sample to train on, or packs_per_step is below 1.
     """
+
+    size_setting: ClassVar[str] = "data.packs_per_step"
+    """What decides how many samples a step holds."""
 
     def __init__(self, rows: PlanRows, mixture: Sequence[Share], settings: PlanSettings) -> None:
         if settings.packs_per_step < 1:
@@ -135,6 +140,17 @@ class TrainingPlan:
 
         Raises:
             ValueError: the epoch cannot be planned.
+        """
+
+    def check(self, first: int, max_steps: int | None) -> None:
+        """Refuse a run that would be refused later; here nothing, since the plan streams.
+
+        Args:
+            first: epoch with which the run begins.
+            max_steps: of the trainer; None where only `settings.epochs` ends the run.
+
+        Raises:
+            ValueError: an epoch of the run cannot be planned.
         """
 
     @property
@@ -167,7 +183,7 @@ class TrainingPlan:
                 step,
                 (*named, *[EMPTY_PACK] * missing),
                 (*costs, *[0.0] * missing),
-                self._weight_sum(named, epoch, step),
+                self._weight_sum(np.concatenate([pack.samples for pack in named]), epoch, step),
                 consumed,
                 {"step": step + 1, "consumed": consumed, "planner": planner.state_dict()},
             )
@@ -209,16 +225,28 @@ class TrainingPlan:
         spare = self.rows.frame_tokens[most] - self.rows.frame_tokens[frames]
         return tokens - spare.astype(tokens.dtype), tiles - (most - frames)
 
-    def _weight_sum(self, packs: Sequence[Pack], epoch: int, step: int) -> float:
-        samples = np.concatenate([pack.samples for pack in packs])
-        labels = self.rows.labels[samples % len(self.rows)]
-        weight_sum = float(sum(sample_weight(int(count), self.settings.reduction) for count in labels))
-        if weight_sum == 0.0:
+    def _weight_sum(self, samples: NDArray[np.int64], epoch: int, step: int) -> float:
+        labels = self._labels_of(samples, epoch, step)
+        return float(sum(sample_weight(int(count), self.settings.reduction) for count in labels))
+
+    def _labels_of(self, samples: NDArray[np.int64], epoch: int, step: int) -> NDArray[np.int32]:
+        """Labels that decide the weight of each of a step's samples.
+
+        Raises:
+            ValueError: there is none.
+        """
+        labels = self._labels[samples % len(self.rows)]
+        if not labels.any():
             raise ValueError(
                 f"epoch {epoch}, step {step}: its {len(labels)} samples have no label to train on. Rows without an "
-                "answer teach nothing: remove them, or raise data.packs_per_step"
+                f"answer teach nothing: remove them, or raise {self.size_setting}"
             )
-        return weight_sum
+        return labels
+
+    @property
+    def _labels(self) -> NDArray[np.int32]:
+        """Labels of each row that decide the weight of its samples, `[N]`."""
+        return self.rows.labels
 
     def deal(self, steps: Iterable[PlannedStep], rank: int, world_size: int) -> Iterator[PlannedPack]:
         """The packs of one rank, in order: micro-step m of a step takes its pack m * R + rank.

@@ -81,7 +81,8 @@ def check_settings(state: Mapping[str, Any], settings: PlanSettings) -> None:
         ValueError: a setting that decides the plan differs; names it with both values.
     """
     own = _deciding(settings)
-    for name, value in state["settings"].items():
+    # Checkpoints from before there was the setting lack it: their plan filled packs.
+    for name, value in {"batch_samples": None, **state["settings"]}.items():
         if is_mid_epoch(state) and own[name] != value:
             raise ValueError(
                 f"the checkpoint was saved in mid-epoch with {_NAMES.get(name, name)}={value}, this run has "
@@ -95,6 +96,7 @@ _NAMES = {
     "max_tiles": "data.max_pack_tiles",
     "max_frames": "data.max_frames",
     "pool_size": "data.pool_size",
+    "batch_samples": "data.batch_samples",
     "batch_pairs": "data.batch_pairs",
     "augmentation_seed": "data.augmentation_seed",
     "repeat_rule": "data.repeat_rule",

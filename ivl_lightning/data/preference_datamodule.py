@@ -48,12 +48,6 @@ class PreferenceDataModule(DynamicPackingDataModule):
         if self.config.cache_dir is not None:
             self.read_answers(progress=True, look_again=self.look_again)
 
-    def _set_up(self, stage: str) -> None:
-        super()._set_up(stage)
-        if stage == "fit":
-            # A step that does not fit is refused here, before hours are spent on the reference.
-            self.stream.pairs.check(self.trainer.current_epoch if self.trainer is not None else 0, self._max_steps)
-
     def _measure(self) -> None:
         super()._measure()
         answers = self._answers = self.read_answers(progress=self.config.cache_dir is None)
@@ -141,10 +135,6 @@ class PreferenceDataModule(DynamicPackingDataModule):
         self.ledger.read_others()
         missing = np.intersect1d(rows, self.reference.look_up(corpus).missing)
         return np.setdiff1d(missing, corpus.rows_of(self.ledger.left_out))
-
-    @property
-    def _max_steps(self) -> int | None:
-        return None if self.trainer is None or self.trainer.max_steps < 0 else self.trainer.max_steps
 
     def scoring_loader(self, corpus: Corpus, training: bool, rows: NDArray[np.int64]) -> DataLoader[PreferenceBatch]:
         """This rank's share of some rows, each once, as they are in training or validation."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data.batch_plan import BatchPlan
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.horizon import Horizon, horizon, write_steps
 from ivl_lightning.data.index_file import IndexWriteError
@@ -57,17 +58,19 @@ def plan_settings(
     pairs: bool = False,
 ) -> PlanSettings:
     """What the plan takes from the configuration; see `PlanSettings`. `pairs` plans preference pairs."""
+    batch_samples = None if pairs else config.batch_samples
     return PlanSettings(
         packs_per_step=config.packs_per_step,
         max_tokens=config.max_tokens,
         max_tiles=config.max_pack_tiles,
-        # Pairs are spread over a step's packs, without a pool.
-        pool_size=0 if pairs else config.pool_size,
+        # Steps of a fixed number of samples are spread over their packs, without a pool.
+        pool_size=0 if pairs or batch_samples is not None else config.pool_size,
         seed=seed,
         reduction=reduction,
         repeat_rule=config.repeat_rule,
         cost=cost,
         max_frames=config.max_frames,
+        batch_samples=batch_samples,
         batch_pairs=config.batch_pairs if pairs else None,
         augmentation_seed=config.augmentation_seed if pairs else 0,
         epochs=epochs,
@@ -113,6 +116,14 @@ class TrainingStream:
         """
         self._set(self._own_mixture, self.settings.cost, epoch, None)
         self._finished = False
+
+    def check_run(self, first: int, max_steps: int | None) -> None:
+        """Refuse a run of which an epoch cannot be planned; see `TrainingPlan.check`.
+
+        Raises:
+            ValueError: as `begin`.
+        """
+        self._plan.check(first, max_steps)
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Stand where a checkpoint was saved.
@@ -178,16 +189,17 @@ class TrainingStream:
 
 
 def plan_of(view: Corpus, mixture: tuple[Share, ...], settings: PlanSettings) -> TrainingPlan:
-    """The plan of conversations, or of preference pairs.
+    """The plan of conversations, which fill packs or are counted, or of preference pairs.
 
     Args:
         view: datasets of the mixture.
         mixture: of every epoch.
         settings: see `plan_settings`.
     """
-    if settings.batch_pairs is None:
-        return TrainingPlan(view.plan_rows, mixture, settings)
-    return PairPlan(view.pair_rows, mixture, settings)
+    if settings.batch_pairs is not None:
+        return PairPlan(view.pair_rows, mixture, settings)
+    kind = TrainingPlan if settings.batch_samples is None else BatchPlan
+    return kind(view.plan_rows, mixture, settings)
 
 
 def _counted(plan: TrainingPlan, steps: Iterator[PlannedStep], folder: Path | None) -> Iterator[PlannedStep]:

@@ -56,6 +56,7 @@ def fit(
     stage: str,
     keep_in: Path,
     resume_from: Path | None,
+    batch_samples: int | None,
 ) -> dict[str, Any]:
     """Train a few steps; the same seeds whatever the layout. The state behind each step is kept (not under FSDP)."""
     tokenizer = tiny.load_tiny_tokenizer()
@@ -66,7 +67,7 @@ def fit(
         optim=OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0),
         generation_tokens=4,
     )
-    config = tiny.tiny_data_config(meta, max_tokens=420, max_pack_tiles=8, val_rows=5)
+    config = tiny.tiny_data_config(meta, max_tokens=420, max_pack_tiles=8, val_rows=5, batch_samples=batch_samples)
     data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
     recorder = Recorder()
     keep = ModelCheckpoint(dirpath=keep_in, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -97,17 +98,20 @@ def main() -> None:
         strategy, stage, reduction, rule = case.split("/")
         # "resumeN" goes on behind the first step of N ranks.
         ranks = rule.removeprefix("resume") if rule.startswith("resume") else None
-        normaliser = rule if ranks is None else "step"
-        folder = f"{stage}-{reduction}-{normaliser}"
+        # "batchN" makes steps of N rows.
+        batch = int(rule.removeprefix("batch")) if rule.startswith("batch") else None
+        rule = rule if ranks is None else "step"
+        folder = f"{stage}-{reduction}-{rule}"
         results[case] = fit(
             meta,
             strategy,
             world_size,
             reduction=reduction,
-            normaliser=normaliser,
+            normaliser=rule if batch is None else "step",
             stage=stage,
             keep_in=out.parent / f"{folder}-{world_size}",
             resume_from=None if ranks is None else out.parent / f"{folder}-{ranks}" / "step=1.ckpt",
+            batch_samples=batch,
         )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(results, out)

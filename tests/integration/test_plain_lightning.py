@@ -34,9 +34,8 @@ def fit(meta, tokenizer, folder, *, steps, ckpt_path=None, callbacks=(), **chang
     module = InstructionTuning(
         lambda: tiny.build_tiny_model(tokenizer), optim=OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
     )
-    data = DynamicPackingDataModule(
-        tiny.tiny_data_config(meta, packs_per_step=2, max_tokens=420, **changes), tokenizer, patch_size=tiny.PATCH_SIZE
-    )
+    config = tiny.tiny_data_config(meta, **{"packs_per_step": 2, "max_tokens": 420, **changes})
+    data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -83,6 +82,22 @@ def test_resumed_equals_never_stopped(meta, tokenizer, tmp_path, stop):
     assert rest.samples == whole.samples[-len(rest.samples) :]
     assert (tmp_path / "whole").is_dir()
     assert trainer.global_step == 8
+
+
+def test_a_batch_of_samples_learns_the_same_in_any_packs(meta, tokenizer, tmp_path):
+    """8 rows a step in 2 and in 4 packs: the same rows, and the same losses but for the order of sums. 24 rows make 3
+    steps; stopped behind the second and continued, the third is what it was.
+    """
+    caps = {"batch_samples": 8, "max_tokens": 1200, "max_pack_tiles": 40}
+    two, _, _ = fit(meta, tokenizer, tmp_path / "two", steps=3, packs_per_step=2, **caps)
+    four, _, _ = fit(meta, tokenizer, tmp_path / "four", steps=3, packs_per_step=4, **caps)
+    assert len(two.losses) == len(four.losses) == 3
+    assert four.losses == pytest.approx(two.losses, abs=1e-6)
+    for start in (0, 8, 16):
+        assert sorted(two.samples[start : start + 8]) == sorted(four.samples[start : start + 8])
+    checkpoint = next((tmp_path / "four").glob("*step=2.ckpt"))
+    rest, _, _ = fit(meta, tokenizer, tmp_path / "rest", steps=3, ckpt_path=checkpoint, packs_per_step=4, **caps)
+    assert rest.losses == four.losses[2:]
 
 
 def test_a_checkpoint_of_an_exception_loses_no_step(meta, tokenizer, tmp_path):

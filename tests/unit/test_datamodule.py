@@ -310,6 +310,28 @@ def test_continuing_with_other_workers(meta, tokenizer, micro_batches):
     assert resumed(again, data.state_dict()) == whole[micro_batches // 2 * 2 :]
 
 
+def test_steps_of_a_number_of_rows(meta, tokenizer):
+    """24 rows, 7 a step: 7, 7, 7 and 3. Continued behind the first step: the same, whatever the pool of the other plan.
+
+    Another number is another plan. So it is for a checkpoint from before there was the setting, whose steps filled
+    packs; without the setting that one goes on.
+    """
+    counted = {"batch_samples": 7, "max_tokens": 420}
+    data = module(meta, tokenizer, **counted)
+    whole = consumed(data, 4)
+    assert [sum(len(ids) for ids, _ in whole[start : start + 4]) for start in range(0, 16, 4)] == [7, 7, 7, 3]
+    assert resumed(module(meta, tokenizer, pool_size=9, **counted), data.state_dict()) == whole[4:]
+    with pytest.raises(ValueError, match=r"data.batch_samples=7, this run has 8"):
+        module(meta, tokenizer, **{**counted, "batch_samples": 8}).load_state_dict(data.state_dict())
+    filled = module(meta, tokenizer, max_tokens=420)
+    whole = consumed(filled, 4)
+    state = filled.state_dict()
+    del state["settings"]["batch_samples"]
+    with pytest.raises(ValueError, match=r"data.batch_samples=None, this run has 7"):
+        module(meta, tokenizer, **counted).load_state_dict(state)
+    assert resumed(module(meta, tokenizer, max_tokens=420), state) == whole[4:]
+
+
 def test_new_data_are_taken_at_the_end_of_the_epoch(meta, tokenizer):
     """In mid-epoch the rest is what it would have been; a finished epoch leaves nothing; the next one has the new."""
     data = module(meta, tokenizer, packs_per_step=2)

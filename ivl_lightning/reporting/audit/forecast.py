@@ -10,7 +10,7 @@ import numpy as np
 from ivl_lightning.config.schema import DataConfig
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.mixture import epoch_size
-from ivl_lightning.data.pair_plan import PairPlan
+from ivl_lightning.data.batch_plan import BatchPlan
 from ivl_lightning.data.plan import Cost, PlannedStep, idle_share
 from ivl_lightning.data.stream import mixture_of, plan_of, plan_settings
 from ivl_lightning.reporting.audit.findings import Forecast
@@ -34,8 +34,8 @@ def forecast(corpus: Corpus, config: DataConfig, seed: int, *, cost: Cost, show:
     # How labels are weighed does not decide what is packed.
     settings = plan_settings(config, seed=seed, reduction="token", cost=cost, pairs=corpus.pairs)
     plan = plan_of(view, mixture, settings)
-    if isinstance(plan, PairPlan):
-        # Training would refuse fewer packs than a step's pairs need; the forecast says how many that are.
+    if isinstance(plan, BatchPlan):
+        # Training would refuse fewer packs than a step's samples need; the forecast says how many that are.
         packs = max(config.packs_per_step, plan.packs_needed(0))
         config = replace(config, packs_per_step=packs)
         plan = plan_of(view, mixture, replace(settings, packs_per_step=packs))
