@@ -29,6 +29,11 @@ class PackingStats(Callback):
         self._since = 0.0
         self._waited = 0.0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far, over all ranks."""
+        return int(sum(tokens for tokens, _ in self._totals.values()))
+
     def state_dict(self) -> dict[str, Any]:
         """Tokens and tiles of each dataset so far."""
         return {"totals": self._totals}

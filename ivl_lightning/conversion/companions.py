@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ivl_lightning.checkpoints.lineage import LINEAGE_NAME
 from ivl_lightning.checkpoints.source import CheckpointError, TensorSource
 from ivl_lightning.config.convert import Layout
 from ivl_lightning.constants import IMAGE_CONTEXT_TOKEN
@@ -42,7 +43,7 @@ def write_companions(
     *,
     dtype: torch.dtype | None,
 ) -> list[str]:
-    """Write all that lies beside the weights: configurations, tokenizer, image settings, chat template, code.
+    """Write all that lies beside the weights: configurations, tokenizer, image settings, chat template, code, lineage.
 
     Args:
         checkpoint: whose they are.
@@ -65,6 +66,7 @@ def write_companions(
             f"without a tokenizer the id of {IMAGE_CONTEXT_TOKEN} is not known: image_token_id="
             f"{checkpoint.config.image_token_id} in config.json is only what was there, or transformers' default"
         )
+    _copy(checkpoint.folder, folder, (LINEAGE_NAME,))
     copied = layout == "original" and checkpoint.original is not None
     stored = dtype or _stored_dtype(checkpoint.tensors)
     _write_config(checkpoint, folder, layout, template=chosen, dtype=stored)

@@ -22,7 +22,9 @@ _TENSORS_NAME = "adapter_model.safetensors"
 _NOTE_NAME = "README.md"
 
 
-def save_adapter(stage: Stage, state_dict: Mapping[str, Tensor], base: str | None, folder: Path) -> None:
+def save_adapter(
+    stage: Stage, state_dict: Mapping[str, Tensor], base: str | None, folder: Path, *, donor: str | None = None
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors; written aside, then renamed.
 
     A note says where base and adapter are not the trained network, because other parts trained in full, and where the
@@ -33,6 +35,7 @@ def save_adapter(stage: Stage, state_dict: Mapping[str, Tensor], base: str | Non
         state_dict: whole, of its network.
         base: folder of the weights the stage started from.
         folder: `RUN/NAME/adapter`.
+        donor: whose vision tower took the place of the base's.
     """
     aside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -42,7 +45,8 @@ def save_adapter(stage: Stage, state_dict: Mapping[str, Tensor], base: str | Non
     config.save_pretrained(str(aside))
     tensors = {name: value.contiguous() for name, value in adapter_tensors(state_dict).items()}
     save_file(tensors, aside / _TENSORS_NAME, metadata={"format": "pt"})
-    notes = [*_incomplete(fully_trained(stage.trainable, stage.lora)), *_unreadable(base)]
+    others = fully_trained(stage.trainable, stage.lora)
+    notes = [*_incomplete(others), *_another_tower(donor), *_unreadable(base)]
     if notes:
         (aside / _NOTE_NAME).write_text("\n".join(notes), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -57,6 +61,15 @@ def _incomplete(others: Sequence[str]) -> list[str]:
         f"Beside this adapter, {', '.join(others)} trained in full. These weights are not in this folder, so base and "
         f"adapter together are not the trained network. Only `../{WEIGHTS_FOLDER}` is complete: the adapter is merged "
         "into it.\n"
+    ]
+
+
+def _another_tower(donor: str | None) -> list[str]:
+    if donor is None:
+        return []
+    return [
+        f"# The vision tower is not the base's\n\nIt came from {donor}, so base and adapter together are not the trained "
+        f"network. Only `../{WEIGHTS_FOLDER}` is complete.\n"
     ]
 
 

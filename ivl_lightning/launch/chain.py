@@ -59,9 +59,23 @@ def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
                 "(model.vision_path and model.language_model_path) "
                 "(or model.random_weights=true to train from nothing)"
             )
+        _check_tower(config)
         results.append(_run_or_skip(name, config))
         source = str(stage_folder(config, name) / WEIGHTS_FOLDER)
     return results
+
+
+def _check_tower(config: RunConfig) -> None:
+    """A language model of its own needs a vision tower from somewhere."""
+    model, donor = config.model, config.scaling.donor
+    if model.language_model_path is None or any((config.init_from, model.path, model.vision_path, donor)):
+        return
+    known = config.recipe.donor
+    which = f" (a run of recipe={known}, from whose stage 1.5 the published model has it)" if known else ""
+    raise ConfigError(
+        f"model.language_model_path={model.language_model_path} has no vision tower beside it: give scaling.donor=RUN"
+        f"{which}, or model.vision_path=FOLDER"
+    )
 
 
 def stage_folder(config: RunConfig, name: str) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -13,7 +15,7 @@ from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import PREFERENCE_STAGE
 from ivl_lightning.launch.compose import compose_stage, stage_names
-from ivl_lightning.launch.overrides import check_keys, complete
+from ivl_lightning.launch.overrides import check_keys, complete, literal
 
 
 def take_arguments() -> None:
@@ -27,20 +29,93 @@ def take_arguments() -> None:
     sys.argv[1:] = arguments
 
 
-def stage_configs(composed: DictConfig) -> dict[str, RunConfig]:
+def stage_configs(composed: DictConfig, extra: Sequence[str] = ()) -> dict[str, RunConfig]:
     """Stage name -> configuration, for each stage of the run that Hydra has composed.
+
+    Args:
+        composed: by Hydra.
+        extra: overrides besides those of the command line.
 
     Raises:
         ConfigError: a wrong setting.
     """
-    arguments = [*HydraConfig.get().overrides.task, *_search_path()]
+    arguments = [*HydraConfig.get().overrides.task, *_search_path(), *extra]
+    return _chain(composed, arguments, job_folder(composed.run_dir))
+
+
+def sequel_configs(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, RunConfig]]:
+    """The runs that follow a finished chain: folder below its run folder -> stage name -> configuration.
+
+    They take over what the command line says of seed, devices, logging and the like, but not which recipe, model or
+    stages.
+
+    Args:
+        configs: of the chain.
+
+    Raises:
+        ConfigError: a wrong setting.
+    """
+    first = next(iter(configs.values()))
+    taken = [*filter(_is_taken_over, HydraConfig.get().overrides.task), *_search_path()]
+    found = {}
+    for folder, overrides in first.recipe.sequels.items():
+        arguments, run_dir = [*taken, *overrides], f"{first.run_dir}/{folder}"
+        composed = compose("train", overrides=[*arguments, f"run_dir={literal(run_dir)}"])
+        found[folder] = _chain(composed, arguments, run_dir)
+    return found
+
+
+def _chain(composed: DictConfig, arguments: Sequence[str], run_dir: str) -> dict[str, RunConfig]:
     names = stage_names(composed.stages, _recipe_stages(composed))
-    return {name: compose_stage(name, arguments, run_dir=job_folder(composed.run_dir)) for name in names}
+    check_entry(composed.scaling.donor, composed.scaling.entry, names)
+    return {name: compose_stage(name, [*arguments, *_donor(composed, name)], run_dir=run_dir) for name in names}
+
+
+def _is_taken_over(override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0]
+    return key.partition(".")[0] not in ("recipe", "model", "stages", "init_from", "run_dir", "scaling", "stage_data")
+
+
+def _donor(composed: DictConfig, name: str) -> list[str]:
+    """The donor gives its tower to one stage; the others start from the weights of the one before."""
+    return [] if name == composed.scaling.entry else ["scaling.donor=null"]
+
+
+def check_entry(donor: str | None, entry: str, names: Sequence[str]) -> None:
+    """A donor needs its stage of entry in the chain, with no stage before it that would train another tower.
+
+    Raises:
+        ConfigError: there is none, or there is such a stage.
+    """
+    if donor is None:
+        return
+    if entry not in names:
+        raise ConfigError(
+            f"scaling.donor={donor} gives its tower to stage scaling.entry={entry}, which is not among "
+            f"stages={list(names)}: add it, or choose the other entry (mlp_warmup or vit_incremental)"
+        )
+    before = [name for name in names[: list(names).index(entry)] if name != "language_warmup"]
+    if before:
+        raise ConfigError(
+            f"scaling.donor={donor} gives its tower to stage scaling.entry={entry}, but {', '.join(before)} would run "
+            "before it for nothing: leave it out of stages"
+        )
 
 
 def _recipe_stages(composed: DictConfig) -> list[str]:
-    """The recipe's stages; the one that learns from pairs only where it is told which."""
-    stages = composed.recipe.stages
+    """The recipe's stages without those on request; with a donor, the one of stages 1 and 1.5 that it enters at.
+
+    The stage that learns from pairs is left out where it is not told which.
+    """
+    scaling, asked = composed.scaling, composed.recipe.stages
+    on_request = composed.recipe.get("on_request", ())
+    others = {"mlp_warmup", "vit_incremental"} - {scaling.entry} if scaling.donor is not None else set()
+    wanted = {scaling.entry} if scaling.donor is not None else set()
+    stages = {
+        name: entry
+        for name, entry in asked.items()
+        if name in wanted or (name not in others and name not in on_request)
+    }
     entry = stages.get(PREFERENCE_STAGE)
     told = entry is None or composed.stage_data.get(PREFERENCE_STAGE) or OmegaConf.select(entry, "data.meta")
     if not told and composed.stages is None:

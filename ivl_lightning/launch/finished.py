@@ -23,6 +23,9 @@ _VOLATILE: tuple[str, ...] = (
     "callbacks",
     "strategy",
     "init_from",
+    # What it holds counts: by the hash of the input weights.
+    "scaling.donor",
+    "dry_run",
     # They follow from the stage's class and the function.
     "stage.rows",
     "data.prepare.needs_weights",
@@ -126,6 +129,8 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
     if not config.lora.parts:
         # Without adapters none of it is read.
         others = (*others, "lora")
+    if config.scaling.donor is None:
+        others = (*others, "scaling")
     plain = json.loads(json.dumps(asdict(config)))
     return {
         key: value

@@ -17,7 +17,8 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
-from ivl_lightning.checkpoints.source import MemorySource
+from ivl_lightning.checkpoints.run_folders import tower_folder
+from ivl_lightning.checkpoints.source import Combined, MemorySource
 from ivl_lightning.checkpoints.weights import full_state_dict
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import ModelConfig, RunConfig
@@ -33,6 +34,7 @@ from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
 from ivl_lightning.models.build import has_weights, open_configured, weight_sources
 from ivl_lightning.models.checkpoint import Checkpoint
+from ivl_lightning.models.donor import open_donor
 from ivl_lightning.models.loader import ConfiguredNetwork
 from ivl_lightning.models.parts import patch_size, tile_size
 from ivl_lightning.stages.base import Stage
@@ -55,6 +57,8 @@ def run_stage(folder: Path) -> None:
     checkpoint = newest_checkpoint(folder)
     datamodule = build_datamodule(config, tokenizer, look_again=checkpoint is None)
     stage = build_stage(config, tokenizer)
+    # A checkpoint of adapters leaves out what is frozen, a donor's tower among it.
+    stage.loader.resumed = checkpoint is not None and not config.lora.parts
     losses = LossEnds()
     trainer = build_trainer(config, folder, [losses])
     for logger in trainer.loggers:
@@ -66,7 +70,8 @@ def run_stage(folder: Path) -> None:
     state_dict = full_state_dict(stage.internvl)
     if trainer.is_global_zero:
         if config.lora.parts:
-            save_adapter(stage, state_dict, config.init_from or config.model.path, folder / ADAPTER_FOLDER)
+            base = config.init_from or config.model.path
+            save_adapter(stage, state_dict, base, folder / ADAPTER_FOLDER, donor=config.scaling.donor)
         tensors = MemorySource(stage.merged(state_dict), "the trained network")
         write_trained(
             Checkpoint(
@@ -151,6 +156,8 @@ def write_config(config: RunConfig, folder: Path) -> None:
 def input_hash(config: RunConfig) -> str:
     """Hash of the weights a stage starts from."""
     sources = weight_sources(initial_settings(config))
+    if config.scaling.donor is not None:
+        sources.append(str(tower_folder(config.scaling.donor)))
     if not sources:
         return RANDOM_WEIGHTS
     hashes = [weights_hash(Path(source)) for source in sources]
@@ -165,7 +172,7 @@ def build_datamodule(
     Raises:
         ConfigError: tiles of another size than the vision tower takes.
     """
-    shapes = shapes_of(config.model, config.init_from)
+    shapes = shapes_of(initial_settings(config))
     side = tile_size(shapes)
     if side != config.data.tile_size:
         raise ConfigError(f"data.tile_size={config.data.tile_size}, but the vision tower takes {side}: make them equal")
@@ -245,13 +252,25 @@ def _head(name: str, settings: dict[str, Any]) -> Any:
 
 
 def initial_settings(config: RunConfig) -> ModelConfig:
-    """The `model` settings a stage starts with: weights of an earlier run take the place of all others."""
-    if config.init_from is None:
-        return config.model
-    return replace(config.model, path=config.init_from, vision_path=None, projector_path=None, language_model_path=None)
+    """The `model` settings a stage starts with: weights of an earlier run take the place of all others.
+
+    Where nothing else has a vision tower, that of the donor describes the network.
+    """
+    model = config.model
+    if config.init_from is not None:
+        return replace(model, path=config.init_from, vision_path=None, projector_path=None, language_model_path=None)
+    if config.scaling.donor is not None and model.language_model_path and not (model.path or model.vision_path):
+        return replace(model, vision_path=str(tower_folder(config.scaling.donor)))
+    return model
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
     """The weights a stage starts from, opened; None for random ones."""
     settings = initial_settings(config)
-    return open_configured(settings) if has_weights(settings) else None
+    if not has_weights(settings):
+        return None
+    checkpoint = open_configured(settings)
+    if config.scaling.donor is None:
+        return checkpoint
+    brought = open_donor(config.scaling.donor).brought_to(checkpoint.config, config.scaling.projector)
+    return replace(checkpoint, tensors=Combined([checkpoint.tensors, brought]))

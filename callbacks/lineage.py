@@ -1,0 +1,128 @@
+"""Where a stage's network came from, and what the stage made of it: lineage.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from ivl_lightning.callbacks.packing_stats import PackingStats
+from ivl_lightning.checkpoints.lineage import Lineage, Origin, PartRecord, read_lineage, write_lineage
+from ivl_lightning.checkpoints.weights import tensors_hash
+from ivl_lightning.config.schema import Part
+from ivl_lightning.models.freeze import model_parts, part_sizes
+from ivl_lightning.stages.base import Stage
+
+HASHED: Final[tuple[Part, ...]] = ("vision", "projector")
+"""Parts that are carried to other networks. A language model is not, and takes long to hash."""
+
+
+class LineageRecorder(Callback):
+    """Writes lineage.json: origins of the network with their own lineage, hashes, steps and tokens.
+
+    A vision tower that the stage froze must end as it began.
+
+    Args:
+        stage: name of the stage; by default that of its class.
+        folder: where the file is written; by default the trainer's.
+    """
+
+    def __init__(self, stage: str | None = None, folder: str | None = None) -> None:
+        self._name, self._folder = stage, folder
+        self._before: dict[str, str] | None = None
+
+    # -- begin ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the hashes of what the stage starts from, unless a checkpoint has brought them."""
+        if self._before is None:
+            self._before = part_hashes(stage_of(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in checkpoints: a stage that goes on began where it began."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue."""
+        self._before = state_dict["before"]
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare and write.
+
+        Raises:
+            RuntimeError: the vision tower was frozen and has changed all the same.
+        """
+        stage = stage_of(pl_module)
+        after = part_hashes(stage)
+        self._check_frozen(stage, after)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(self._folder or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        lineage = Lineage(
+            stage=self._name or type(stage).__name__,
+            folder=str(folder.absolute()),
+            trained=[f"{part} (LoRA)" if part in stage.lora.parts else part for part in stage.trainable],
+            steps=trainer.global_step,
+            tokens=_tokens(trainer),
+            parts=self._records(stage, after),
+            origins=self._origins(stage),
+        )
+        write_lineage(lineage, folder)
+
+    def _check_frozen(self, stage: Stage, after: dict[str, str]) -> None:
+        before = (self._before or {}).get("vision")
+        if "vision" not in stage.trainable and before != after.get("vision"):
+            raise RuntimeError(
+                f"this stage froze the vision tower, but its weights have changed (hash {before} when it began, "
+                f"{after.get('vision')} now): something has written to frozen weights, and they are not handed on"
+            )
+
+    def _records(self, stage: Stage, after: dict[str, str]) -> dict[str, PartRecord]:
+        before = self._before or {}
+        return {
+            size.name: PartRecord(size.total, before.get(size.name), after.get(size.name))
+            for size in part_sizes(stage.internvl)
+        }
+
+    def _origins(self, stage: Stage) -> list[Origin]:
+        return [_origin(path, parts, donor=False) for path, parts in stage.loader.origins.items()]
+
+
+def _origin(path: str, parts: list[Part], *, donor: bool) -> Origin:
+    return Origin(str(Path(path).absolute()), list(parts), donor, read_lineage(Path(path)))
+
+
+def stage_of(pl_module: L.LightningModule) -> Stage:
+    """The trainer's stage.
+
+    Raises:
+        ValueError: the trainer trains something else.
+    """
+    if not isinstance(pl_module, Stage):
+        raise ValueError(f"this callback needs one of this project's stages, got {type(pl_module).__name__}")
+    return pl_module
+
+
+def part_hashes(stage: Stage) -> dict[str, str]:
+    """Hash of each part that may be carried on; every rank must call it."""
+    return {part: tensors_hash(_weights(stage, part)) for part in HASHED}
+
+
+def _weights(stage: Stage, part: Part) -> Iterator[tuple[str, Tensor]]:
+    """A part's own weights, without adapters, under the names that they have without adapters."""
+    for module in model_parts(stage.internvl)[part]:
+        for name, parameter in module.named_parameters():
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", "."), parameter
+
+
+def _tokens(trainer: L.Trainer) -> int | None:
+    counters = [callback for callback in trainer.callbacks if isinstance(callback, PackingStats)]  # type: ignore[attr-defined]  # the trainer's connector sets it
+    return counters[0].tokens if counters else None
