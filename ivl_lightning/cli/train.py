@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -11,13 +12,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ivl_lightning.config.check import ConfigError
-from ivl_lightning.launch.command import job_folder, stage_configs, take_arguments
+from ivl_lightning.launch.command import job_folder, sequel_configs, stage_configs, take_arguments
+from ivl_lightning.launch.dry_run import print_dry_run, stand_ins, traces_aside
 
 
 def main() -> None:
     """The command. A user's mistake ends with its message and exit code 1."""
     take_arguments()
-    _main()
+    with traces_aside(sys.argv[1:]) as arguments:
+        sys.argv[1:] = arguments
+        _main()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="train")
@@ -35,13 +39,20 @@ def run(composed: DictConfig) -> None:
         ConfigError: a wrong setting.
         SystemExit: a stage failed; its process has said why.
     """
+    if composed.dry_run:
+        print_dry_run(stage_configs(composed, stand_ins(composed)))
+        return
     # Imported late: --help, --cfg and wrong settings need neither torch nor matplotlib.
     from ivl_lightning.launch.chain import StageFailedError, run_chain
 
     configs, run_dir = stage_configs(composed), job_folder(composed.run_dir)
+    # Stages that are picked are all that is wanted.
+    sequels = sequel_configs(configs) if composed.stages is None else {}
     _write_command(run_dir)
     try:
         results = run_chain(configs)
+        for folder, stages in sequels.items():
+            results += [replace(result, stage=f"{folder}: {result.stage}") for result in run_chain(stages)]
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         _report(run_dir)

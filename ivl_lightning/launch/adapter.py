@@ -68,8 +68,8 @@ def _another_tower(donor: str | None) -> list[str]:
     if donor is None:
         return []
     return [
-        f"# The vision tower is not the base's\n\nIt came from {donor}, so base and adapter together are not the trained "
-        f"network. Only `../{WEIGHTS_FOLDER}` is complete.\n"
+        f"# The vision tower is not the base's\n\nIt came from {donor}, so base and adapter together are not the "
+        f"trained network. Only `../{WEIGHTS_FOLDER}` is complete.\n"
     ]
 
 

@@ -23,6 +23,7 @@ from ivl_lightning.launch.finished import (
     deciding_settings,
     read_finished,
 )
+from ivl_lightning.launch.start import HOW_TO_START, how_to_give_tower
 
 
 class StageFailedError(RuntimeError):
@@ -54,11 +55,7 @@ def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
         elif config.init_from is not None:
             config = replace(config, init_from=str(weights_folder(config.init_from)))
         elif not (config.model.path or config.model.language_model_path or config.model.random_weights):
-            raise ConfigError(
-                f"stage {name} has no weights to start from: give model.path=FOLDER or init_from=RUN, or parts "
-                "(model.vision_path and model.language_model_path) "
-                "(or model.random_weights=true to train from nothing)"
-            )
+            raise ConfigError(f"stage {name} has no weights to start from: {HOW_TO_START}")
         _check_tower(config)
         results.append(_run_or_skip(name, config))
         source = str(stage_folder(config, name) / WEIGHTS_FOLDER)
@@ -70,11 +67,9 @@ def _check_tower(config: RunConfig) -> None:
     model, donor = config.model, config.scaling.donor
     if model.language_model_path is None or any((config.init_from, model.path, model.vision_path, donor)):
         return
-    known = config.recipe.donor
-    which = f" (a run of recipe={known}, from whose stage 1.5 the published model has it)" if known else ""
     raise ConfigError(
-        f"model.language_model_path={model.language_model_path} has no vision tower beside it: give scaling.donor=RUN"
-        f"{which}, or model.vision_path=FOLDER"
+        f"model.language_model_path={model.language_model_path} has no vision tower beside it: "
+        f"{how_to_give_tower(config.recipe.donor)}"
     )
 
 
