@@ -11,8 +11,11 @@ from jinja2 import Environment, StrictUndefined
 
 from ivl_lightning.reporting.cards import card_decks
 from ivl_lightning.reporting.environment import environment
+from ivl_lightning.reporting.family import family
 from ivl_lightning.reporting.left_out import left_out
 from ivl_lightning.reporting.run_folder import Run, StageFolder, read_run
+from ivl_lightning.reporting.scaling import Row, compare
+from ivl_lightning.reporting.scaling_text import scaling_cells, scaling_columns, scaling_headline, scaling_sentences
 from ivl_lightning.reporting.scores import (
     DATASET_COLUMNS,
     PACKING_COLUMNS,
@@ -55,16 +58,23 @@ def render(run: Run) -> str:
     # Imported late: matplotlib takes its time, and only drawing needs it.
     from ivl_lightning.reporting.figures import dataset_loss_figure, loss_figure, score_figure
     from ivl_lightning.reporting.preferences import SOURCE_COLUMNS, preference_figure, source_rows
+    from ivl_lightning.reporting.scaling_figure import scaling_figure
 
     template = files("ivl_lightning.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    stages = run.stages
+    stages, compared = run.stages, compare(run)
     return pages.from_string(template).render(
         title=_title(run),
-        headline=_headline(stages),
+        headline=[*_headline(stages), *scaling_headline(compared)],
         stages=stages,
         stage_columns=COLUMNS,
-        stage_rows=[(stage.finished, stage_cells(stage.summary)) for stage in stages],
+        stage_rows=_stage_rows(stages),
+        scaling_figure=scaling_figure(compared),
+        scaling_columns=scaling_columns(compared),
+        scaling_rows=scaling_cells(compared, run.folder),
+        scaling_sentences=scaling_sentences(compared),
+        family_figure=_family_figure(run, compared),
+        sequels=[(sequel.name, _stage_rows(sequel.stages), loss_figure(sequel.stages)) for sequel in run.sequels],
         loss_figure=loss_figure(stages),
         score_figure=score_figure(stages),
         score_rows=score_rows(stages) if score_kinds(stages) else [],
@@ -84,11 +94,26 @@ def render(run: Run) -> str:
     )
 
 
+def _stage_rows(stages: Sequence[StageFolder]) -> list[tuple[bool, tuple[str, ...]]]:
+    """Whether each stage is finished, and its texts."""
+    return [(stage.finished, stage_cells(stage.summary)) for stage in stages]
+
+
+def _family_figure(run: Run, compared: Sequence[Row]) -> str | None:
+    """The family tree in the colors of the comparison; None where no stage has a lineage."""
+    from ivl_lightning.reporting.family_figure import family_figure
+    from ivl_lightning.reporting.scaling_figure import sequel_colors
+
+    known = family(run)
+    colors = {row.curve.name: color for row, color in zip(compared, sequel_colors(compared), strict=True)}
+    return family_figure(known, colors) if known else None
+
+
 def _title(run: Run) -> dict[str, str]:
     """Run, recipe and model; the last stage speaks for the chain."""
     config: dict[str, Any] = run.stages[-1].config if run.stages else {}
     return {
-        "run": run.folder.resolve().name,
+        "run": run.name,
         "recipe": config.get("recipe", {}).get("name", NONE),
         "model": config.get("model", {}).get("name", NONE),
     }

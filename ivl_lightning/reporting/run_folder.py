@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ivl_lightning.checkpoints.lineage import Lineage, read_lineage
 from ivl_lightning.constants import STAGES
 from ivl_lightning.reporting.metrics_csv import Metrics, complete_lines, read_metrics
+
+_MARKS = ("config.yaml", "done.json")
+"""A folder with one of these is a stage's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class StageFolder:
         samples: answers of all its validations, oldest first.
         ledger: rows it left out.
         config_text: its resolved settings as written; empty where there are none.
+        lineage: where its network came from; None where that was not written.
     """
 
     summary: StageSummary
@@ -59,6 +64,7 @@ class StageFolder:
     samples: list[dict[str, Any]]
     ledger: list[dict[str, Any]]
     config_text: str
+    lineage: Lineage | None = None
 
     @property
     def name(self) -> str:
@@ -88,23 +94,44 @@ class Run:
         folder: where it lies.
         stages: started and finished stages, in the order of the chain.
         command: the command line that made it; None if it was not kept.
+        sequels: runs in its sub-folders, in the order of `recipe.sequels`.
     """
 
     folder: Path
     stages: list[StageFolder]
     command: str | None
+    sequels: list[Run] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
 
 
 def read_run(folder: Path) -> Run:
     """Read what a run folder holds; whatever is missing stays empty."""
-    marks = ("config.yaml", "done.json")
-    stages = [path for path in folder.iterdir() if any((path / mark).is_file() for mark in marks)]
+    stages = [_read_stage(path) for path in sorted(_stage_folders(folder), key=_place)]
     command = folder / "command.txt"
     return Run(
         folder=folder,
-        stages=[_read_stage(path) for path in sorted(stages, key=_place)],
+        stages=stages,
         command=command.read_text(encoding="utf-8").strip() if command.is_file() else None,
+        sequels=[read_run(path) for path in _sequel_folders(folder, stages)],
     )
+
+
+def _stage_folders(folder: Path) -> set[Path]:
+    return {path.parent for mark in _MARKS for path in folder.glob(f"*/{mark}") if path.is_file()}
+
+
+def _sequel_folders(folder: Path, stages: Sequence[StageFolder]) -> list[Path]:
+    """Sub-folders that hold stages and are none; those that the recipe names first, in its order."""
+    others = {path for path in folder.iterdir() if path.is_dir()} - _stage_folders(folder)
+    named = list(stages[0].config.get("recipe", {}).get("sequels") or {}) if stages else []
+    order = {name: place for place, name in enumerate(named)}
+    # Runs of a multirun bear numbers and have reports of their own.
+    found = [path for path in others if _stage_folders(path) and not path.name.isdigit()]
+    return sorted(found, key=lambda path: (order.get(path.name, len(order)), path.name))
 
 
 def _place(folder: Path) -> tuple[int, str]:
@@ -128,6 +155,7 @@ def _read_stage(folder: Path) -> StageFolder:
         samples=_read_json_lines(folder / "samples.jsonl"),
         ledger=_read_json_lines(folder / "ledger.jsonl"),
         config_text=config_text,
+        lineage=read_lineage(folder),
     )
 
 

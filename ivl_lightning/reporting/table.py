@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 NONE = "none"
 MEAN_SCORE = "val/exact_match"
 FOLDED = "what trained"
 REWARD_ACCURACY = "val/reward_accuracy"
+_WIDEST_NAME = len("instruction_tuning")
 COLUMNS = ("stage", FOLDED, "steps", "loss first -> last", "exact match", "reward accuracy", "wall time")
 
 
@@ -53,7 +56,7 @@ def print_stage_table(results: Iterable[StageResult], console: Console | None = 
     """Print what each stage trained and reached.
 
     Args:
-        results: one per stage, in order.
+        results: one per stage, in order; a stage of a sequel may be named `FOLDER: STAGE`.
         console: where to; the terminal by default.
     """
     table = Table(title="stages", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
@@ -62,8 +65,16 @@ def print_stage_table(results: Iterable[StageResult], console: Console | None = 
         header = name.replace("accuracy", "acc.").replace(" ", "\n", 1)
         table.add_column(header, justify="left" if position < 2 else "right", no_wrap=name != FOLDED)
     for result in results:
-        table.add_row(*stage_cells(result))
+        name, *others = stage_cells(result)
+        # As they are: a folder's name in brackets is no markup.
+        table.add_row(Text(_narrow(name)), *(Text(cell) for cell in others))
     (console or Console()).print(table)
+
+
+def _narrow(name: str) -> str:
+    """A stage's name, what stands before a colon on lines of its own, so that the table fits 80 characters."""
+    parts = name.replace(": ", ":\n").splitlines()
+    return "\n".join(textwrap.fill(part, _WIDEST_NAME, break_on_hyphens=False) for part in parts)
 
 
 def stage_cells(result: StageResult) -> tuple[str, ...]:

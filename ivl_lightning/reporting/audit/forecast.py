@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from ivl_lightning.config.schema import DataConfig
+from ivl_lightning.data.batch_plan import BatchPlan
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.mixture import epoch_size
-from ivl_lightning.data.batch_plan import BatchPlan
 from ivl_lightning.data.plan import Cost, PlannedStep, idle_share
 from ivl_lightning.data.stream import mixture_of, plan_of, plan_settings
 from ivl_lightning.reporting.audit.findings import Forecast
