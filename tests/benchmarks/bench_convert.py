@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from noise import Noise
 
 from ivl_lightning.checkpoints.key_map import INTERNLM2, hf_name
 from ivl_lightning.checkpoints.source import renamed
@@ -39,26 +39,6 @@ from ivl_lightning.models.original_config import to_original
 from ivl_lightning.models.streaming import empty_model
 
 ROUNDS = 3
-
-
-class Noise:
-    """Random numbers in the shapes of a model, made when they are read."""
-
-    def __init__(self, shapes: dict[str, torch.Size]) -> None:
-        self._shapes = shapes
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def meta(self, name: str) -> Tensor:
-        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
-
-    def read(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return torch.randint(0, 2**14, shape, dtype=torch.int16).view(torch.bfloat16)
-
-    def where(self, name: str) -> str:
-        return "noise"
 
 
 def model_config(layers: int) -> ModelConfig:
@@ -79,9 +59,8 @@ def write_source(folder: Path, layers: int) -> int:
     config = build_config(model_config(layers))
     config.internvl_chat = to_original(config, template="internvl2_5", language=INTERNLM2)
     model = empty_model(config, dtype=torch.bfloat16, attention={"text_config": "sdpa", "vision_config": "sdpa"})
-    native = Noise({name: value.shape for name, value in model.named_parameters()})
     folder.mkdir()
-    write_weights(AsOriginal(native, table_of(config)), folder, shard_bytes=500_000_000)
+    write_weights(AsOriginal(Noise(model), table_of(config)), folder, shard_bytes=500_000_000)
     write_json(folder / "config.json", config.internvl_chat)
     return sum(file.stat().st_size for file in folder.iterdir())
 
