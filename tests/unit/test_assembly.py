@@ -38,7 +38,7 @@ from ivl_lightning.models.original_config import is_transposed, record
 from ivl_lightning.models.parts import text_config, tile_size
 from ivl_lightning.models.positions import POSITIONS, ResizedPositions, resize_positions
 from ivl_lightning.models.tokenizer import image_token_id, load_tokenizer
-from tests import originals
+from tests import originals, tiny
 from tests.originals import difference
 
 QWEN2, INTERNLM2 = (originals.CHECKPOINTS / name for name in originals.GOLDEN)
@@ -171,6 +171,35 @@ def test_parts_of_whole_checkpoints(layout, hf, tmp_path: Path):
 def random_causal(kind: str, **fields: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **fields}), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", None])
+def test_the_order_of_a_tile_s_tokens_of_new_parts(version, tmp_path: Path):
+    """A bare tower and a bare language model have no order yet; v2 where nobody says."""
+    checkpoint = open_sources(
+        Sources(vision=bare_tower(tmp_path / "vit"), language_model=bare_language(tmp_path / "llm"), ps_version=version)
+    )
+    assert is_transposed(checkpoint.config) is (version == "v1")
+    assert record(checkpoint.config)["ps_version"] == (version or "v2")
+
+
+def test_an_order_that_the_weights_do_not_have(hf, tmp_path: Path):
+    """Projectors are trained with one order. Transformers' layout knows v2 alone, as do models without an original class."""
+    for source in (hf, QWEN2):
+        with pytest.raises(ValueError, match=r"ps_version=v1 was asked for, but .* are in the order v2"):
+            open_sources(Sources(path=source, ps_version="v1"))
+        open_sources(Sources(path=source, ps_version="v2"))
+    random_causal("gemma", head_dim=8, pad_token_id=0).save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=r"ps_version=v1: .* has no class for a language model of type gemma"):
+        open_sources(Sources(vision=bare_tower(tmp_path / "vit"), language_model=tmp_path / "llm", ps_version="v1"))
+
+
+@pytest.mark.parametrize(
+    ("version", "projector"), [("v1", "TransposedProjector"), (None, "InternVLMultiModalProjector")]
+)
+def test_random_weights_in_an_order(version, projector):
+    model = build_model(tiny.tiny_config(ps_version=version), tiny.load_tiny_tokenizer())
+    assert type(model.model.multi_modal_projector).__name__ == projector
 
 
 @pytest.mark.parametrize("tied", [False, True])
