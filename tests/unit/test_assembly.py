@@ -184,7 +184,7 @@ def test_the_order_of_a_tile_s_tokens_of_new_parts(version, tmp_path: Path):
 
 
 def test_an_order_that_the_weights_do_not_have(hf, tmp_path: Path):
-    """Projectors are trained with one order. Transformers' layout knows v2 alone, as do models without an original class."""
+    """Projectors are trained with one order. Transformers' layout knows v2 alone; so do other models."""
     for source in (hf, QWEN2):
         with pytest.raises(ValueError, match=r"ps_version=v1 was asked for, but .* are in the order v2"):
             open_sources(Sources(path=source, ps_version="v1"))
