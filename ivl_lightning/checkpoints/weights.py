@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-
 _AT_A_TIME = 8
 """Tensors that are gathered and hashed side by side."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ivl_lightning.reporting.audit.audit import Audit, Geometry
 
 OVER_LIMIT, MISTAKE, CRASH, INTERRUPTED = 1, 2, 70, 130
-_TRAINING_ONLY = ("optim", "strategy", "recipe", "trainer", "loss", "preference")
+_TRAINING_ONLY = ("optim", "strategy", "recipe", "trainer", "loss", "preference", "lora")
 """What a recipe brings along besides model and data."""
 _STAND_IN = "the embedded miniature's tokenizer"
 _STAND_IN_ROWS = 40

@@ -63,6 +63,8 @@ class ModelConfig(Strict):
         downsample_ratio: pixel unshuffle; 0.5 makes four patches one token.
         ps_version: order of a tile's tokens: `v2` row by row, `v1` column by column (InternVL 1.1, 1.2); null takes the
             checkpoint's own, else v2.
+        vision_feature_layer: layer of the tower whose features are used: -1 the last, -4 the fourth from the top (1.1);
+            null takes the checkpoint's own, else -1.
         position_std: spread of the class token and positions of a tower with random weights; 1 is the original's.
         dtype: of the stored weights; the optimizer keeps the same.
         attention: `ivl_packed`, or a transformers implementation that honors `cu_seq_lens_*` (flash_attention_2).
@@ -81,6 +83,7 @@ class ModelConfig(Strict):
     language_model: dict[str, Any] = field(default_factory=dict)
     downsample_ratio: float = 0.5
     ps_version: PixelShuffle | None = None
+    vision_feature_layer: int | None = None
     position_std: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = "ivl_packed"
@@ -161,6 +164,7 @@ class DataConfig(Strict):
         resampling: share of a dataset in an epoch: by its rows times `repeat_time`, or by the square root of that.
         weights: dataset -> its share of an epoch's samples, in any unit; names all datasets, or null for `resampling`.
         exclude: exclusion list written by `ivl-audit drop=FILE`; its rows are left out and listed in the ledger.
+        expected_rows: dataset -> rows its annotation must have, usable or not; names all datasets. null for no rule.
         allowed_schemes: URL schemes that media paths may use; others are refused.
         follow_symlinks: allow links that lead out of a dataset's root.
         max_pixels: pictures whose header announces more are refused before they are decoded.
@@ -203,6 +207,7 @@ class DataConfig(Strict):
     resampling: Resampling = "size"
     weights: dict[str, float] | None = None
     exclude: str | None = None
+    expected_rows: dict[str, int] | None = None
     allowed_schemes: list[str] = field(default_factory=list)
     follow_symlinks: bool = False
     max_pixels: int = 89_478_485

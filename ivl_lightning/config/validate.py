@@ -14,7 +14,7 @@ def validate(config: RunConfig) -> None:
         ConfigError: lists every contradiction, with both values and what to do.
     """
     faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
-    faults += lora_faults(config)
+    faults += [*lora_faults(config), *_scaling_faults(config)]
     faults += _preference_faults(config) if config.stage.rows == "pairs" else _batch_faults(config)
     if faults:
         raise ConfigError(f"stage {config.stage.name}:\n" + "\n".join(faults))
@@ -117,6 +117,17 @@ def _preference_faults(config: RunConfig) -> list[str]:
             "stage"
         )
     return faults
+
+
+def _scaling_faults(config: RunConfig) -> list[str]:
+    donor = config.scaling.donor
+    bringers = [entry for entry in config.callbacks.values() if entry is not None and entry.get("donor") == donor]
+    if donor is None or bringers:
+        return []
+    return [
+        f"scaling.donor={donor}, but no callback brings its tower: keep callbacks.progressive_scaling "
+        "(callbacks=default)"
+    ]
 
 
 def _model_faults(config: RunConfig) -> list[str]:

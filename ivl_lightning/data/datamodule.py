@@ -21,6 +21,7 @@ from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
 from ivl_lightning.data.encoding import EncoderFactory, RowEncoder, encoder_factory
 from ivl_lightning.data.exclusion import check_exclusions
+from ivl_lightning.data.expected_rows import check_expected_rows
 from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
@@ -128,6 +129,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
                 pairs=self.train_corpus.pairs,
             )
             self._stream = TrainingStream(self.train_corpus, self.config, settings)
+            # A step that does not fit is refused here, before hours are spent on anything.
+            self._stream.check_run(self.trainer.current_epoch if self.trainer is not None else 0, self._max_steps)
 
     def _measure(self) -> None:
         """Read the rows, list those that cannot be used, hold back those of validation."""
@@ -147,6 +150,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
             ValueError: as `read_corpus`.
         """
         train = self._read(self.config.meta, self._encoder(training=True), progress, look_again)
+        check_expected_rows(self.config.expected_rows, train.indexes)
         validation = None
         if self.config.val_meta is not None:
             validation = self._read(self.config.val_meta, self._encoder(training=False), progress, look_again)
@@ -205,8 +209,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
 
     def horizon(self) -> Horizon | None:
         """Optimizer steps of the whole run; None for a run without an end."""
-        max_steps = None if self.trainer is None else self.trainer.max_steps
-        return self.stream.horizon(max_steps=max_steps, cache_dir=self._cache_dir)
+        return self.stream.horizon(max_steps=self._max_steps, cache_dir=self._cache_dir)
 
     @property
     def mixture_names(self) -> tuple[str, ...]:
@@ -394,6 +397,10 @@ class DynamicPackingDataModule(L.LightningDataModule):
         if self.trainer is None or self.trainer.max_epochs in (None, -1):
             return None
         return self.trainer.max_epochs
+
+    @property
+    def _max_steps(self) -> int | None:
+        return None if self.trainer is None or self.trainer.max_steps < 0 else self.trainer.max_steps
 
     @property
     def filler_id(self) -> int:

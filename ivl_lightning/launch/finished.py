@@ -30,6 +30,8 @@ _VOLATILE: tuple[str, ...] = (
     "stage.rows",
     "data.prepare.needs_weights",
     "data.cache_dir",
+    # A check of the data, which count by what the plan makes of them.
+    "data.expected_rows",
     "data.index_workers",
     "data.num_workers",
     "data.retries",

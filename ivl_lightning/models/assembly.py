@@ -34,7 +34,7 @@ from ivl_lightning.models.checkpoint import (
     tokenizer_in,
     untied,
 )
-from ivl_lightning.models.config_checks import built
+from ivl_lightning.models.config_checks import built, check_layer
 from ivl_lightning.models.original_config import (
     DEFAULT_TEMPLATE,
     ORIGINAL_TYPE,
@@ -165,6 +165,7 @@ class Sources:
         downsample_ratio: pixel unshuffle, where there is no whole checkpoint.
         template: chat template, where there is no whole checkpoint.
         ps_version: order of a tile's tokens, where there is no whole checkpoint; None is v2.
+        vision_feature_layer: layer of the tower whose features are used, likewise; None is the last.
     """
 
     path: str | Path | None = None
@@ -175,6 +176,7 @@ class Sources:
     downsample_ratio: float = 0.5
     template: str = DEFAULT_TEMPLATE
     ps_version: str | None = None
+    vision_feature_layer: int | None = None
 
 
 def open_sources(sources: Sources) -> Checkpoint:
@@ -187,6 +189,7 @@ def open_sources(sources: Sources) -> Checkpoint:
     named = (sources.vision, sources.projector, sources.language_model)
     whole = base if base is not None and not any(named) else _assemble(base, sources)
     _check_order(whole, sources.ps_version)
+    _check_feature_layer(whole, sources.vision_feature_layer)
     return with_image_size(whole, sources.image_size)
 
 
@@ -198,6 +201,17 @@ def _check_order(whole: Checkpoint, version: str | None) -> None:
         )
 
 
+def _check_feature_layer(whole: Checkpoint, layer: int | None) -> None:
+    """Layers are counted from either end: -1 is the last one."""
+    layers, own = vision_config(whole.config).num_hidden_layers, whole.config.vision_feature_layer
+    if layer is not None and (layer - own) % (layers + 1):
+        raise CheckpointError(
+            f"vision_feature_layer={layer} was asked for, but {whole.folder} takes the features of layer {own}, which "
+            "its weights were trained with"
+        )
+    check_layer(whole.config, whole.folder / CONFIG_NAME)
+
+
 def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
     if base is None and (sources.vision is None or sources.language_model is None):
         raise CheckpointError(
@@ -206,7 +220,7 @@ def _assemble(base: Checkpoint | None, sources: Sources) -> Checkpoint:
         )
     tower = None if sources.vision is None else open_tower(sources.vision)
     language = None if sources.language_model is None else open_language(sources.language_model)
-    config = _joint_config(base, tower, language, sources.downsample_ratio)
+    config = _joint_config(base, tower, language, sources.downsample_ratio, sources.vision_feature_layer)
     replaced = (TOWER,) * (tower is not None) + LANGUAGE * (language is not None)
     kept: list[TensorSource] = [] if base is None else [_without(base.tensors, *replaced)]
     tensors = [*kept, *(part.tensors for part in (tower, language) if part is not None)]
@@ -251,7 +265,7 @@ def with_image_size(checkpoint: Checkpoint, image_size: int | None) -> Checkpoin
 
 
 def _joint_config(
-    base: Checkpoint | None, tower: Tower | None, language: Language | None, downsample_ratio: float
+    base: Checkpoint | None, tower: Tower | None, language: Language | None, downsample_ratio: float, wanted: int | None
 ) -> InternVLConfig:
     if base is None:
         assert tower is not None
@@ -260,7 +274,7 @@ def _joint_config(
             vision_config=tower.config,
             text_config=language.config,
             downsample_ratio=downsample_ratio,
-            vision_feature_layer=-1 if tower.whole is None else tower.whole.vision_feature_layer,
+            vision_feature_layer=_feature_layer(tower, wanted),
             tie_word_embeddings=False,
         )
     else:
@@ -270,6 +284,12 @@ def _joint_config(
     text_config(config).tie_word_embeddings = False
     set_image_size(config, tile_size(config))
     return config
+
+
+def _feature_layer(tower: Tower, wanted: int | None) -> int:
+    if tower.whole is not None:
+        return int(tower.whole.vision_feature_layer)
+    return -1 if wanted is None else wanted
 
 
 def _projector(path: str | Path | None, config: InternVLConfig, sources: list[TensorSource]) -> TensorSource:

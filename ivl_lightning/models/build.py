@@ -49,6 +49,7 @@ def build_config(config: ModelConfig) -> InternVLConfig:
         vision_config=vision,
         text_config=AutoConfig.for_model(model_type, **{**language, "tie_word_embeddings": False}),
         downsample_ratio=config.downsample_ratio,
+        vision_feature_layer=-1 if config.vision_feature_layer is None else config.vision_feature_layer,
         tie_word_embeddings=False,
     )
     set_image_size(internvl, tile_size(internvl))
@@ -91,6 +92,7 @@ def open_configured(config: ModelConfig) -> Checkpoint:
             downsample_ratio=config.downsample_ratio,
             template=config.template or DEFAULT_TEMPLATE,
             ps_version=config.ps_version,
+            vision_feature_layer=config.vision_feature_layer,
         )
     )
 

@@ -86,7 +86,8 @@ def test_settings_that_are_named_exist(page: Path) -> None:
 
 @pages
 def test_choices_that_are_named_exist(page: Path) -> None:
-    named = set(re.findall(rf"(?<![\w.])({GROUPS})=([a-z0-9_]+)(?![\w*.])", page.read_text(encoding="utf-8")))
+    choice = rf"(?<![\w.])({GROUPS})=([a-z0-9_]+(?:/[a-z0-9_]+)?)(?![\w*./])"
+    named = set(re.findall(choice, page.read_text(encoding="utf-8")))
     missing = [(group, name) for group, name in named if not (ROOT / f"conf/{group}/{name}.yaml").is_file()]
     assert not [choice for choice in missing if choice[1] not in READERS_OWN]
 

@@ -202,6 +202,22 @@ def test_random_weights_in_an_order(version, projector):
     assert type(model.model.multi_modal_projector).__name__ == projector
 
 
+def test_the_layer_whose_features_are_used(tmp_path: Path):
+    """Of new parts it can be chosen, the last one by default. A whole checkpoint has its own: here 3 layers and -1, which
+    is layer 3 too.
+    """
+    parts = {"vision": bare_tower(tmp_path / "vit"), "language_model": bare_language(tmp_path / "llm")}
+    assert open_sources(Sources(**parts)).config.vision_feature_layer == -1
+    assert open_sources(Sources(**parts, vision_feature_layer=-2)).config.vision_feature_layer == -2
+    assert open_sources(Sources(path=QWEN2, vision_feature_layer=3)).config.vision_feature_layer == -1
+    with pytest.raises(
+        ValueError, match=r"vision_feature_layer=-2 was asked for, but .* takes the features of layer -1"
+    ):
+        open_sources(Sources(path=QWEN2, vision_feature_layer=-2))
+    with pytest.raises(ValueError, match=r"select_layer=-9, but the vision tower has 3 layers"):
+        open_sources(Sources(**parts, vision_feature_layer=-9))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "phi3", "qwen3", "gemma"])
 def test_any_language_model_that_the_library_saved(kind, tied, tmp_path: Path):
