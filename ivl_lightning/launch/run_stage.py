@@ -57,8 +57,8 @@ def run_stage(folder: Path) -> None:
     checkpoint = newest_checkpoint(folder)
     datamodule = build_datamodule(config, tokenizer, look_again=checkpoint is None)
     stage = build_stage(config, tokenizer)
-    # A checkpoint of adapters leaves out what is frozen, a donor's tower among it.
-    stage.loader.resumed = checkpoint is not None and not config.lora.parts
+    # A checkpoint of adapters leaves out what is frozen, a donor's tower among it; pairs need the reference model whole.
+    stage.loader.resumed = checkpoint is not None and not config.lora.parts and config.stage.rows != "pairs"
     losses = LossEnds()
     trainer = build_trainer(config, folder, [losses])
     for logger in trainer.loggers:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
+from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
-from ivl_lightning.checkpoints.source import Combined, TensorSource
+from ivl_lightning.checkpoints.source import Combined, TensorSource, listed
 from ivl_lightning.config.schema import ModelConfig, Part
 from ivl_lightning.models.build import (
     check_shapes,
@@ -49,6 +50,11 @@ class NetworkLoader:
         """Folders the network is read from, and the parts that come from each; nothing for one made in memory."""
         return {}
 
+    @property
+    def builds_anew(self) -> bool:
+        """Whether each `build` gives a network of its own, with the weights that the first one began with."""
+        return True
+
     def register(self, bringer: Bringer) -> None:
         """Let others bring tensors in place of the network's own; before `build`."""
         self._bringers.append(bringer)
@@ -83,7 +89,7 @@ class ReadyNetwork(NetworkLoader):
     """A network that stands, or a function that makes one with its weights.
 
     Args:
-        source: the network, or the function.
+        source: the network, or the function; no weight of it may be on the meta device.
     """
 
     def __init__(
@@ -92,9 +98,16 @@ class ReadyNetwork(NetworkLoader):
         super().__init__()
         self._source = source
 
+    @property
+    def builds_anew(self) -> bool:
+        """See `NetworkLoader`."""
+        return not isinstance(self._source, nn.Module)
+
     def _build(self) -> InternVLForConditionalGeneration:
         source = self._source
-        return source if isinstance(source, InternVLForConditionalGeneration) else source()
+        model = source if isinstance(source, InternVLForConditionalGeneration) else source()
+        _check_memory(model)
+        return model
 
 
 class ConfiguredNetwork(NetworkLoader):
@@ -162,6 +175,16 @@ class ConfiguredNetwork(NetworkLoader):
         everything = Combined([self._own, *self._brought])
         check_fits(model, everything, self._described_by)
         write(model, everything)
+
+
+def _check_memory(model: nn.Module) -> None:
+    """What is on the meta device would be filled by nobody: the trainer takes whatever lies in memory for weights."""
+    empty = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+    if empty:
+        raise ValueError(
+            f"the network has no memory for {listed(empty)}: give one that has its weights, or a loader that reads "
+            "them (ConfiguredNetwork)"
+        )
 
 
 def build_model(

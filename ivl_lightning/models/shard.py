@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import InternVLForConditionalGeneration
 
 from ivl_lightning.models.parts import language_layers, vision_layers, vision_tower
@@ -36,6 +36,16 @@ def shard_model(
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reshard(root: nn.Module) -> None:
+    """Free what a forward pass without a backward pass has left gathered; nothing where nothing is sharded.
+
+    Meanwhile the root's parameters (and with `reshard_after_forward=False` all) are whole, and in `param_dtype`.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def transformer_blocks(model: InternVLForConditionalGeneration) -> list[nn.Module]:

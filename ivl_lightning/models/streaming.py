@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ivl_lightning.checkpoints.source import CheckpointError, TensorSource
@@ -91,8 +91,10 @@ def write(model: nn.Module, source: TensorSource, *, device_of: Callable[[str], 
     for name in source.names():
         old = parameter_of(model, name)
         value = source.read(name)
+        # A copy would stretch a smaller tensor.
+        assert value.shape == old.shape, (name, value.shape, old.shape)
         if not old.is_meta:
-            old.copy_(_share(value, old))
+            _own(old).copy_(_share(value, old))
             continue
         # Always a copy: what was read may lie in the file itself.
         new = value.to(device_of(name), old.dtype, copy=True)
@@ -110,6 +112,7 @@ def materialise(root: nn.Module, device: torch.device) -> None:
     root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
+@torch.no_grad()
 def different(model: nn.Module, source: TensorSource) -> list[str]:
     """Names of a source's tensors that are not, bit for bit, the model's; of sharded ones this rank's share counts.
 
@@ -131,13 +134,33 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _same(parameter: nn.Parameter, value: Tensor) -> bool:
-    share = _share(value, parameter)
-    own, wanted = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (parameter, share))
-    return torch.equal(own, wanted.to(own.device, own.dtype))
+    own = _own(parameter)
+    wanted = _share(value, parameter).to(own.device, own.dtype)
+    return own.shape == wanted.shape and torch.equal(_bits(own), _bits(wanted))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As bytes: a number that is none equals itself, and 0 is not -0."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """What lies in this rank's memory of a parameter, not copied."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _share(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as this rank holds it of a parameter, without communication: every rank has read it itself."""
+    """The part of a whole tensor that this rank holds of a parameter, not copied: of a file nothing else is read.
+
+    Every rank has the whole at hand, so nothing is sent; and where shares lie on a GPU, no whole tensor gets there.
+    """
     if not isinstance(parameter, DTensor):
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    (placement,) = parameter.placements
+    assert isinstance(placement, Shard), placement
+    ranks, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
+    # As `torch.chunk` has it, and FSDP2: equal blocks of rows, of which the last one is short, and others may be empty.
+    rows = value.shape[placement.dim]
+    block = -(-rows // ranks)
+    first = min(rank * block, rows)
+    return value.narrow(placement.dim, first, min(block, rows - first))

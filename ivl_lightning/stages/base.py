@@ -29,7 +29,7 @@ from ivl_lightning.models.loader import NetworkLoader, ReadyNetwork
 from ivl_lightning.models.lora import add_lora, freeze_adapted, lora_scale
 from ivl_lightning.models.parts import vision_layers, vision_tower
 from ivl_lightning.models.quantize import four_bit_names, quantize_language_model, unquantized
-from ivl_lightning.models.shard import shard_model
+from ivl_lightning.models.shard import reshard, shard_model
 from ivl_lightning.models.streaming import materialise
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
@@ -84,7 +84,7 @@ class Stage(L.LightningModule):
         super().__init__()
         self.loader = model if isinstance(model, NetworkLoader) else ReadyNetwork(model)
         self.optim = optim or OptimConfig()
-        self._builds_anew = not isinstance(model, nn.Module)
+        self._builds_anew = self.loader.builds_anew
         self.lora = lora or LoraSettings()
         if self.lora.quantize is not None and not self._builds_anew:
             raise ValueError(
@@ -392,6 +392,11 @@ class Stage(L.LightningModule):
             self.log(f"val/exact_match/{name}", score, sync_dist=True)
         if scores:
             self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
+
+    def on_validation_end(self) -> None:
+        """Leave nothing gathered: whoever reads parameters next shall find the shares, in the type they are kept in."""
+        if self.root is not None:
+            reshard(self.root)
 
 
 def _chosen(own: float | None, common: float) -> float:
