@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from ivl_lightning.callbacks.packing_stats import PackingStats
@@ -19,6 +20,8 @@ from ivl_lightning.stages.base import Stage
 
 HASHED: Final[tuple[Part, ...]] = ("vision", "projector")
 """Parts that are carried to other networks. A language model is not, and takes long to hash."""
+
+_ORIGINS: Final = TypeAdapter(list[Origin])
 
 
 class LineageRecorder(Callback):
@@ -34,21 +37,31 @@ class LineageRecorder(Callback):
     def __init__(self, stage: str | None = None, folder: str | None = None) -> None:
         self._name, self._folder = stage, folder
         self._before: dict[str, str] | None = None
+        self._came_from: list[Origin] = []
 
     # -- begin ----------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """What an earlier fit began with is not what this one begins with."""
+        if stage == "fit":
+            self._before = None
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the hashes of what the stage starts from, unless a checkpoint has brought them."""
+        """Take origins and hashes of what the stage starts from, unless a checkpoint has brought them.
+
+        Origins are read now: where they lie may be deleted or written to while the stage trains.
+        """
         if self._before is None:
+            self._came_from = self._origins(stage_of(pl_module))
             self._before = part_hashes(stage_of(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in checkpoints: a stage that goes on began where it began."""
-        return {"before": self._before}
+        return {"before": self._before, "origins": _ORIGINS.dump_python(self._came_from)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue."""
-        self._before = state_dict["before"]
+        self._before, self._came_from = state_dict["before"], _ORIGINS.validate_python(state_dict["origins"])
 
     # -- end ------------------------------------------------------------------------------------------------------
 
@@ -72,7 +85,7 @@ class LineageRecorder(Callback):
             steps=trainer.global_step,
             tokens=_tokens(trainer),
             parts=self._records(stage, after),
-            origins=self._origins(stage),
+            origins=self._came_from,
         )
         write_lineage(lineage, folder)
 
@@ -86,17 +99,22 @@ class LineageRecorder(Callback):
 
     def _records(self, stage: Stage, after: dict[str, str]) -> dict[str, PartRecord]:
         before = self._before or {}
+        # Weights beside adapters are frozen: what is handed on has the adapters in it, and another hash.
+        known = {part: value for part, value in after.items() if part not in stage.lora.parts}
         return {
-            size.name: PartRecord(size.total, before.get(size.name), after.get(size.name))
+            size.name: PartRecord(
+                size.total - _adapter_size(stage, size.name), before.get(size.name), known.get(size.name)
+            )
             for size in part_sizes(stage.internvl)
         }
 
     def _origins(self, stage: Stage) -> list[Origin]:
-        return [_origin(path, parts, donor=False) for path, parts in stage.loader.origins.items()]
+        return [origin_of(Path(path), parts, donor=False) for path, parts in stage.loader.origins.items()]
 
 
-def _origin(path: str, parts: list[Part], *, donor: bool) -> Origin:
-    return Origin(str(Path(path).absolute()), list(parts), donor, read_lineage(Path(path)))
+def origin_of(folder: Path, parts: list[Part], *, donor: bool) -> Origin:
+    """Where parts were read from, with the lineage that lies there."""
+    return Origin(str(folder.absolute()), list(parts), donor, read_lineage(folder))
 
 
 def stage_of(pl_module: L.LightningModule) -> Stage:
@@ -121,6 +139,11 @@ def _weights(stage: Stage, part: Part) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in module.named_parameters():
             if ".lora_" not in name:
                 yield name.replace(".base_layer.", "."), parameter
+
+
+def _adapter_size(stage: Stage, part: Part) -> int:
+    named = (item for module in model_parts(stage.internvl)[part] for item in module.named_parameters())
+    return sum(parameter.numel() for name, parameter in named if ".lora_" in name)
 
 
 def _tokens(trainer: L.Trainer) -> int | None:

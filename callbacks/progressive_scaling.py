@@ -12,12 +12,13 @@ from typing import Any
 import lightning as L
 from transformers import InternVLConfig
 
-from ivl_lightning.callbacks.lineage import LineageRecorder, stage_of
-from ivl_lightning.checkpoints.lineage import Origin, read_lineage
+from ivl_lightning.callbacks.lineage import LineageRecorder, origin_of, stage_of
+from ivl_lightning.checkpoints.lineage import Origin
 from ivl_lightning.checkpoints.source import TensorSource, listed
 from ivl_lightning.config.schema import CarriedProjector, Part
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.models.donor import Donor, DonorError, brought_parts, check_special_tokens, open_donor
+from ivl_lightning.models.loader import NetworkLoader
 from ivl_lightning.stages.base import Stage
 
 
@@ -26,7 +27,8 @@ class ProgressiveScaling(LineageRecorder):
 
     It never touches weights: in `setup` it registers with the stage's loader, which reads the donor's tensors in the
     place of the network's own, each rank its shares, once the network is sharded. A stage that goes on from a
-    checkpoint has its weights there, and only the donor's name is compared.
+    checkpoint has its weights there, and only the donor's name is compared; with `stage.loader.resumed` the donor need
+    not be there any more.
 
     Args:
         donor: run folder (of which stage 1.5's tower is taken, if that is finished), stage folder, exported folder,
@@ -46,9 +48,9 @@ class ProgressiveScaling(LineageRecorder):
         super().__init__(stage, folder)
         self._path, self._projector = donor, projector
         self._donor: Donor | None = None
-        self._folder_read: str | None = None
         self._brought: list[Part] = []
-        self._resumed = False
+        self._loader: NetworkLoader | None = None
+        self._proven = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open the donor and register what it brings; nothing has been built yet.
@@ -56,20 +58,22 @@ class ProgressiveScaling(LineageRecorder):
         Raises:
             ValueError: the donor cannot be opened, special tokens are missing, or the network stands already.
         """
-        if self._path is None or stage != "fit":
-            return
+        super().setup(trainer, pl_module, stage)
         module = stage_of(pl_module)
+        if self._path is None or module.loader is self._loader:
+            return
+        self._donor = self._loader = None
         self._check_own_tokens(trainer)
-        if module.loader.resumed:
+        if module.loader.resumed or (module.root is not None and stage != "fit"):
             return
         if module.root is not None:
             raise DonorError(
-                f"scaling.donor={self._path}: the network stands already, so nothing can be brought into it: leave "
-                "configure_model to the trainer"
+                f"scaling.donor={self._path}: the network stands already, so nothing can be brought into it: give a "
+                "stage whose network no one has built yet, and leave configure_model to the trainer"
             )
-        self._donor = open_donor(self._path)
-        self._folder_read = str(self._donor.folder.absolute())
-        module.loader.register(self._bring)
+        self._donor, self._proven = open_donor(self._path), False
+        self._loader = module.loader
+        self._loader.register(self._bring)
 
     def _bring(self, config: InternVLConfig) -> TensorSource:
         assert self._donor is not None
@@ -88,9 +92,10 @@ class ProgressiveScaling(LineageRecorder):
         Raises:
             RuntimeError: it has not, on this rank or another.
         """
-        super().on_fit_start(trainer, pl_module)
-        if self._donor is not None and not self._resumed:
+        if self._donor is not None and not self._proven:
             self._verify(trainer, stage_of(pl_module), self._donor)
+            self._proven = True
+        super().on_fit_start(trainer, pl_module)
 
     def _verify(self, trainer: L.Trainer, stage: Stage, donor: Donor) -> None:
         wrong = stage.loader.not_as_brought(stage.internvl)
@@ -104,18 +109,18 @@ class ProgressiveScaling(LineageRecorder):
 
     def _origins(self, stage: Stage) -> list[Origin]:
         """Those of the network, without the parts that the donor has brought."""
-        if self._folder_read is None:
+        if self._donor is None:
             return super()._origins(stage)
         own = [
             Origin(origin.path, kept, False, origin.lineage)
             for origin in super()._origins(stage)
             if (kept := [part for part in origin.brings if part not in self._brought])
         ]
-        return [*own, Origin(self._folder_read, list(self._brought), True, read_lineage(Path(self._folder_read)))]
+        return [*own, origin_of(self._donor.folder, self._brought, donor=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was brought, and from where, goes with the hashes."""
-        return {**super().state_dict(), "donor": self._path, "read": self._folder_read, "brought": list(self._brought)}
+        """The donor's name goes with the hashes."""
+        return {**super().state_dict(), "donor": self._path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Only compare: the checkpoint holds the weights.
@@ -125,9 +130,14 @@ class ProgressiveScaling(LineageRecorder):
         """
         super().load_state_dict(state_dict)
         then = state_dict["donor"]
-        if then != self._path:
+        if _place(then) != _place(self._path):
             raise DonorError(
                 f"the stage was begun with scaling.donor={then}, this command says {self._path}: a checkpoint goes on "
                 "with the tower it has. Give the same donor, or another run_dir"
             )
-        self._folder_read, self._brought, self._resumed = state_dict["read"], state_dict["brought"], True
+        # Its tower may have trained since.
+        self._proven = True
+
+
+def _place(donor: str | None) -> Path | None:
+    return None if donor is None else Path(donor).resolve()

@@ -18,7 +18,7 @@ def weights_folder(source: str, *, setting: str = "init_from") -> Path:
     Raises:
         ConfigError: there are none.
     """
-    folder = Path(source)
+    folder = _existing(source, setting)
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder
     if (folder / WEIGHTS_FOLDER / "config.json").is_file():
@@ -38,8 +38,16 @@ def tower_folder(source: str, *, setting: str = "scaling.donor") -> Path:
     Raises:
         ConfigError: there are none.
     """
-    trained = Path(source) / TOWER_STAGE
+    trained = _existing(source, setting) / TOWER_STAGE
     return trained / WEIGHTS_FOLDER if (trained / DONE_NAME).is_file() else weights_folder(source, setting=setting)
+
+
+def _existing(source: str, setting: str) -> Path:
+    folder = Path(source)
+    if not folder.is_dir():
+        fault = "this is a file: give its folder" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{setting}={source}: {fault}")
+    return folder
 
 
 def _finished(run: Path) -> list[Path]:

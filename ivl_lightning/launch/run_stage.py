@@ -32,7 +32,7 @@ from ivl_lightning.launch.finished import Finished, deciding_settings, weights_h
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
-from ivl_lightning.models.build import has_weights, open_configured, weight_sources
+from ivl_lightning.models.build import has_weights, weight_sources
 from ivl_lightning.models.checkpoint import Checkpoint
 from ivl_lightning.models.donor import open_donor
 from ivl_lightning.models.loader import ConfiguredNetwork
@@ -57,10 +57,12 @@ def run_stage(folder: Path) -> None:
     checkpoint = newest_checkpoint(folder)
     datamodule = build_datamodule(config, tokenizer, look_again=checkpoint is None)
     stage = build_stage(config, tokenizer)
-    # A checkpoint of adapters leaves out what is frozen, a donor's tower among it; pairs need the reference model whole.
+    # A checkpoint of adapters leaves out what is frozen, a donor's tower among it; pairs need the reference model.
     stage.loader.resumed = checkpoint is not None and not config.lora.parts and config.stage.rows != "pairs"
-    losses = LossEnds()
-    trainer = build_trainer(config, folder, [losses])
+    losses, inputs = LossEnds(), InputWeights()
+    trainer = build_trainer(config, folder, [losses, inputs])
+    if checkpoint is None and trainer.is_global_zero:
+        inputs.hash = input_hash(config)
     for logger in trainer.loggers:
         logger.log_hyperparams(asdict(config))
     start = time.monotonic()
@@ -83,7 +85,7 @@ def run_stage(folder: Path) -> None:
             ),
             folder / WEIGHTS_FOLDER,
         )
-        _finish(config, folder, stage, trainer, losses, datamodule, time.monotonic() - start)
+        _finish(config, folder, stage, trainer, losses, inputs, datamodule, time.monotonic() - start)
     trainer.strategy.barrier()
 
 
@@ -117,19 +119,35 @@ class LossEnds(Callback):
         self.first, self.last = state_dict["first"], state_dict["last"]
 
 
+class InputWeights(Callback):
+    """Remembers the hash of the weights that the stage began with, over restarts too: they may be gone in the end."""
+
+    def __init__(self) -> None:
+        self.hash: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in checkpoints."""
+        return {"hash": self.hash}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue."""
+        self.hash = state_dict["hash"]
+
+
 def _finish(
     config: RunConfig,
     folder: Path,
     stage: Stage,
     trainer: L.Trainer,
     losses: LossEnds,
+    inputs: InputWeights,
     datamodule: DynamicPackingDataModule,
     seconds: float,
 ) -> None:
     Finished(
         stage=config.stage.name,
         settings=deciding_settings(config),
-        input_weights=input_hash(config),
+        input_weights=inputs.hash or input_hash(config),
         output_weights=weights_hash(folder / WEIGHTS_FOLDER),
         trained=[f"{part} (LoRA)" if part in stage.lora.parts else part for part in stage.trainable],
         steps=trainer.global_step,
@@ -265,11 +283,12 @@ def initial_settings(config: RunConfig) -> ModelConfig:
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """The weights a stage starts from, opened; None for random ones."""
+    """The weights a stage starts from, opened, new rows and parts among them; None for random ones."""
     settings = initial_settings(config)
     if not has_weights(settings):
         return None
-    checkpoint = open_configured(settings)
+    tokenizer = tokenizer_of(config.model, config.init_from)
+    checkpoint = ConfiguredNetwork(settings, tokenizer, seed=config.seed).opened()
     if config.scaling.donor is None:
         return checkpoint
     brought = open_donor(config.scaling.donor).brought_to(checkpoint.config, config.scaling.projector)

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
+from ivl_lightning.checkpoints.adapters import is_adapter
 from ivl_lightning.checkpoints.files import open_file, open_folder
 from ivl_lightning.checkpoints.key_map import INTERNLM2, PHI3, PROJECTOR, VISION, KeyTable, key_table
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource, listed, renamed
@@ -85,13 +86,15 @@ class Language(NamedTuple):
 def open_tower(path: str | Path) -> Tower:
     """The vision tower of a folder: an InternViT of its own, or that of a whole checkpoint of either layout.
 
+    That of an adapter's folder is its base's, with the adapter in it.
+
     Raises:
         CheckpointError: the folder holds neither.
     """
     folder = Path(path)
-    values = read_config_values(folder)
+    values = {} if is_adapter(folder) else read_config_values(folder)
     kind = values.get("model_type")
-    if kind in _INTERNVL_TYPES:
+    if is_adapter(folder) or kind in _INTERNVL_TYPES:
         whole = open_checkpoint(folder)
         return Tower(vision_config(whole.config), _only(whole.tensors, TOWER), whole.config)
     if kind == ORIGINAL_VISION_TYPE:

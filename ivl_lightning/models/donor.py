@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
+from torch import nn
 from transformers import InternVLConfig, InternVLVisionConfig, PreTrainedTokenizerBase
-from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector, InternVLVisionModel
 
+from ivl_lightning.checkpoints.lineage import has_trained_tower, read_lineage
 from ivl_lightning.checkpoints.run_folders import tower_folder
 from ivl_lightning.checkpoints.source import CheckpointError, Combined, MemorySource, TensorSource
+from ivl_lightning.checkpoints.views import check_complete
 from ivl_lightning.config.schema import CarriedProjector, Part
 from ivl_lightning.constants import SPECIAL_TOKENS
-from ivl_lightning.models.assembly import JOINT, Tower, open_projector, open_tower
-from ivl_lightning.models.checkpoint import tokenizer_in
+from ivl_lightning.models.assembly import JOINT, TOWER, Tower, open_projector, open_tower
+from ivl_lightning.models.checkpoint import CONFIG_NAME, tokenizer_folder, tokenizer_in
 from ivl_lightning.models.original_config import is_transposed
 from ivl_lightning.models.parts import vision_config
 
 _SHAPES: Final = {
     "image_size": "tile size in pixels",
     "patch_size": "patch size in pixels",
+    "num_channels": "number of color channels",
     "hidden_size": "width",
     "num_hidden_layers": "number of layers",
     "num_attention_heads": "number of heads",
     "intermediate_size": "width of the MLP",
     "norm_type": "kind of norm",
-    "layer_norm_eps": "epsilon of its norms",
+    "layer_norm_eps": "epsilon of norms",
     "use_qk_norm": "norm of queries and keys",
     "attention_bias": "bias of queries, keys and values",
     "hidden_act": "activation",
+    "use_absolute_position_embeddings": "position embeddings",
     "use_mask_token": "mask token",
     "use_mean_pooling": "mean pooling",
 }
@@ -65,18 +71,27 @@ class Donor:
             projector: `match` or `new`.
 
         Raises:
-            DonorError: the tower cannot take the place of the network's; names each difference with both values.
+            DonorError: the tower cannot take the place of the network's (names each difference with both values), or
+                the donor lacks tensors.
         """
         self._check(config)
-        if projector == "new" or not self._projector_fits(config):
-            return self.tower.tensors
-        return Combined([self.tower.tensors, self.projector])
+        parts = {TOWER: (self.tower.tensors, _tower_shapes(config))}
+        if projector == "match" and self._projector_fits(config):
+            parts[JOINT] = (self.projector, _projector_shapes(config))
+        for tensors, shapes in parts.values():
+            # What a donor lacks would stay the network's own: a mixture of two towers.
+            try:
+                check_complete(tensors, shapes, str(self.folder / CONFIG_NAME))
+            except CheckpointError as error:
+                raise DonorError(f"scaling.donor={self.path}: {error}") from error
+        return Combined(tensors for tensors, _ in parts.values())
 
     def _check(self, config: InternVLConfig) -> None:
         faults = _differences(self.tower.config, vision_config(config))
-        if self.tower.whole is not None and self.tower.whole.vision_feature_layer != config.vision_feature_layer:
+        whole = self.tower.whole
+        if whole is not None and _feature_layer(whole) != _feature_layer(config):
             faults.append(
-                f"the layer whose features are used is {self.tower.whole.vision_feature_layer} there and "
+                f"the layer whose features are used is {whole.vision_feature_layer} there and "
                 f"{config.vision_feature_layer} here"
             )
         if faults:
@@ -86,26 +101,55 @@ class Donor:
             )
 
     def _projector_fits(self, config: InternVLConfig) -> bool:
-        with torch.device("meta"):
-            module = InternVLMultiModalProjector(config)
-        wanted = {JOINT + name: value.shape for name, value in module.named_parameters()}
-        found = {name: self.projector.meta(name).shape for name in self.projector.names()}
-        ordered = self.tower.whole is None or is_transposed(self.tower.whole) == is_transposed(config)
-        return found == wanted and ordered
+        """Whether its projector reads and writes the same widths, in the same order of a tile's tokens."""
+        whole = self.tower.whole
+        return (
+            whole is not None
+            and _projector_shapes(whole) == _projector_shapes(config)
+            and whole.projector_hidden_act == config.projector_hidden_act
+            and is_transposed(whole) == is_transposed(config)
+        )
+
+
+def _tower_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
+    # A model writes into the configuration it is made from.
+    own = copy.deepcopy(vision_config(config))
+    with torch.device("meta"):
+        return _shapes(InternVLVisionModel(own), TOWER)
+
+
+def _projector_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return _shapes(InternVLMultiModalProjector(config), JOINT)
+
+
+def _shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(value.shape) for name, value in module.named_parameters()}
 
 
 def open_donor(path: str) -> Donor:
     """Open a run folder, an exported folder, a checkpoint of either layout, or a bare vision tower.
 
     Raises:
-        ValueError: there is no such folder, it holds none of these, or its files are damaged.
+        ConfigError: there is no such folder, or it holds none of these.
+        DonorError: its files are damaged, or its tower was never trained.
     """
-    if not Path(path).is_dir():
-        raise DonorError(f"scaling.donor={path}: there is no such folder")
     folder = tower_folder(path)
-    tower = open_tower(folder)
-    projector = MemorySource({}) if tower.whole is None else open_projector(folder)
-    _check_tokens(path, tokenizer_in(folder))
+    try:
+        tower = open_tower(folder)
+        projector = MemorySource({}) if tower.whole is None else open_projector(folder)
+        load = tokenizer_in(tokenizer_folder(folder))
+        tokenizer = None if load is None else load()
+        lineage = read_lineage(folder)
+    except ValueError as error:
+        raise DonorError(f"scaling.donor={path}: {error}") from error
+    if lineage is not None and not has_trained_tower(lineage):
+        raise DonorError(
+            f"scaling.donor={path}: no stage of its lineage has trained its vision tower, whose numbers are random: "
+            "give a run with a finished stage 1.5 or 2"
+        )
+    if tokenizer is not None:
+        check_special_tokens(tokenizer, f"scaling.donor={path}: the tokenizer beside its weights")
     return Donor(path, folder, tower, projector)
 
 
@@ -125,14 +169,9 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, whose: str) -> None
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise DonorError(
-            f"{whose} lacks the special tokens {', '.join(missing)} of InternVL, which mark pictures and boxes: take the "
-            "tokenizer files that belong to the weights"
+            f"{whose} lacks the special tokens {', '.join(missing)} of InternVL, which mark pictures and boxes: take "
+            "the tokenizer files that belong to the weights"
         )
-
-
-def _check_tokens(path: str, load: Any) -> None:
-    if load is not None:
-        check_special_tokens(load(), f"scaling.donor={path}: the tokenizer beside its weights")
 
 
 def _differences(there: InternVLVisionConfig, here: InternVLVisionConfig) -> list[str]:
@@ -142,6 +181,12 @@ def _differences(there: InternVLVisionConfig, here: InternVLVisionConfig) -> lis
         if donor != own:
             faults.append(f"its {meaning} is {donor}, here it is {own} ({field})")
     return faults
+
+
+def _feature_layer(config: InternVLConfig) -> object:
+    """Counted from the first: -1 is the last one."""
+    layer, layers = config.vision_feature_layer, vision_config(config).num_hidden_layers
+    return layer % (layers + 1) if isinstance(layer, int) else layer
 
 
 def _plain(value: object) -> object:

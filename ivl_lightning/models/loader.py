@@ -6,6 +6,7 @@ Others may bring tensors for some of its parts before it is built (progressive s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ from ivl_lightning.models.build import (
     open_configured,
     random_model,
 )
+from ivl_lightning.models.checkpoint import Checkpoint
 from ivl_lightning.models.original_config import keep_record
 from ivl_lightning.models.parts import text_config
 from ivl_lightning.models.streaming import check_fits, different, write
@@ -155,17 +157,27 @@ class ConfiguredNetwork(NetworkLoader):
         return random_model(self._config, len(self._tokenizer))
 
     def _empty(self) -> InternVLForConditionalGeneration:
-        checkpoint, config = open_configured(self._config), self._config
-        text, rows = text_config(checkpoint.config), len(self._tokenizer)
-        self._own = checkpoint.tensors
-        if rows > text.vocab_size:
-            std = float(getattr(text, "initializer_range", 0.02))
-            self._own = GrownVocabulary(self._own, rows, std=std, seed=self._seed)
-            text.vocab_size = rows
-        self._described_by = described_by(checkpoint)
+        checkpoint, config = self.opened(), self._config
+        self._own, self._described_by = checkpoint.tensors, described_by(checkpoint)
         model = empty_network(checkpoint, dtype=getattr(torch, config.dtype), attention=config.attention)
         check_shapes(model, config)
         return model
+
+    def opened(self) -> Checkpoint:
+        """The weights it is read from, opened, with a row for each token; what is new in them follows from the seed.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            checkpoint = open_configured(self._config)
+        text, rows = text_config(checkpoint.config), len(self._tokenizer)
+        if rows <= text.vocab_size:
+            return checkpoint
+        std = float(getattr(text, "initializer_range", 0.02))
+        text.vocab_size = rows
+        return replace(checkpoint, tensors=GrownVocabulary(checkpoint.tensors, rows, std=std, seed=self._seed))
 
     def fill(self, model: InternVLForConditionalGeneration) -> None:
         """See `NetworkLoader`."""

@@ -203,9 +203,7 @@ def test_random_weights_in_an_order(version, projector):
 
 
 def test_the_layer_whose_features_are_used(tmp_path: Path):
-    """Of new parts it can be chosen, the last one by default. A whole checkpoint has its own: here 3 layers and -1, which
-    is layer 3 too.
-    """
+    """Of new parts it can be chosen, by default the last. A whole checkpoint has its own: -1 of 3, which is layer 3."""
     parts = {"vision": bare_tower(tmp_path / "vit"), "language_model": bare_language(tmp_path / "llm")}
     assert open_sources(Sources(**parts)).config.vision_feature_layer == -1
     assert open_sources(Sources(**parts, vision_feature_layer=-2)).config.vision_feature_layer == -2

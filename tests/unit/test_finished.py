@@ -107,8 +107,13 @@ def test_where_weights_come_from(tmp_path: Path):
     assert weights_folder(str(tmp_path)) == tmp_path / "instruction_tuning/weights"
     assert weights_folder(str(tmp_path / "mlp_warmup")) == tmp_path / "mlp_warmup/weights"
     assert weights_folder(str(tmp_path / "mlp_warmup/weights")) == tmp_path / "mlp_warmup/weights"
-    with pytest.raises(ConfigError, match="neither a folder of weights nor a run"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: neither a folder of weights nor a run"):
+        weights_folder(str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="nothing: there is no such folder"):
         weights_folder(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="done.json: this is a file: give its folder"):
+        weights_folder(str(tmp_path / "mlp_warmup/done.json"))
 
 
 def test_a_changed_setting_is_found_in_both_directions(tmp_path):
