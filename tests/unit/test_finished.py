@@ -112,7 +112,7 @@ def test_where_weights_come_from(tmp_path: Path):
         weights_folder(str(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="nothing: there is no such folder"):
         weights_folder(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="done.json: this is a file: give its folder"):
+    with pytest.raises(ConfigError, match=r"done\.json: this is a file: give its folder"):
         weights_folder(str(tmp_path / "mlp_warmup/done.json"))
 
 
