@@ -3,12 +3,8 @@
 On gloo ranks; cases in `folder_cases`.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,8 @@ from transformers import InternVLForConditionalGeneration
 from ivl_lightning.models.build import load_model
 from ivl_lightning.models.checkpoint import EMBEDDINGS, HEAD
 from tests.distributed import folder_cases
+from tests.distributed.running import run_cases
 
-ROOT = Path(__file__).parents[2]
 TOWER = "model.vision_tower."
 NETWORKS = ("original", "hf")
 READ = [f"{network}/folder" for network in NETWORKS]
@@ -45,26 +41,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """One process and two ranks side by side; what each case gave, by its name. Ranks that hang are ended."""
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.distributed.folder_cases", str(folder)),
-            *(f"{size}:{','.join(names)}" for size, names in CASES.items()),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = {}
-    for size, names in CASES.items():
-        found |= torch.load(folder / f"{size}.pt", weights_only=True) if (folder / f"{size}.pt").is_file() else {}
-        assert set(names) <= set(found), logs
-    return found
+    """What each case gave, by its name."""
+    return run_cases("folder_cases", folder, CASES, timeout=180)
 
 
 def check_same(ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

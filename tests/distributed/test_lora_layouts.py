@@ -1,17 +1,13 @@
 """Adapters train alike on any layout: 1 rank x 4 packs and 2 x 2, DDP and FSDP2, on gloo ranks."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.distributed.running import run_cases
 
-ROOT = Path(__file__).parents[2]
 SHARED = ("tuning/kept", "tuning/resume")
 PAIRS = ("online", "adapter_off")
 QLORA = ("qlora/whole",) if importlib.util.find_spec("bitsandbytes") else ()
@@ -28,24 +24,7 @@ def results(tmp_path_factory):
     """One process and two ranks side by side; what each case gave, by its name."""
     folder = tmp_path_factory.mktemp("lora")
     tiny.write_tiny_pairs(folder / "data")
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.distributed.lora_cases", str(folder)),
-            *(f"{size}:{','.join(names)}" for size, names in CASES.items()),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = {}
-    for size, names in CASES.items():
-        found |= torch.load(folder / f"{size}.pt", weights_only=True) if (folder / f"{size}.pt").is_file() else {}
-        assert set(names) <= set(found), logs
+    found = run_cases("lora_cases", folder, CASES, timeout=240)
     return {case.replace("/kept", "/whole"): found[case] for case in found}
 
 
