@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.check import ConfigError, load
-from ivl_lightning.launch.compose import plain_values
+from ivl_lightning.launch.compose import values_without_stages
 from ivl_lightning.launch.overrides import forced
 from ivl_lightning.reporting.audit.places import ERROR_NAME, checked_places
 
@@ -98,7 +98,7 @@ def read_config(composed: DictConfig) -> AuditConfig:
         ConfigError: names every missing, misspelt or wrong one.
     """
     config = load(
-        AuditConfig, {key: value for key, value in plain_values(composed).items() if key not in _TRAINING_ONLY}
+        AuditConfig, {key: value for key, value in values_without_stages(composed).items() if key not in _TRAINING_ONLY}
     )
     for name in ("rows", "examples", "seed"):
         if (number := getattr(config, name)) is not None and number < 0:

@@ -54,13 +54,13 @@ def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str) -> RunCo
     assert isinstance(recipe, dict)
     entry = (recipe.get("stages") or {}).get(name) or {}
     composed = compose("train", overrides=[*flatten(entry), *arguments, *fixed])
-    config = load(RunConfig, _with_stage_data(_resolve(composed), name))
+    config = load(RunConfig, _with_stage_data(values_without_stages(composed), name))
     validate(config)
     return config
 
 
-def _resolve(composed: Any) -> dict[str, Any]:
-    # Entries of other stages may refer to what only those stages have.
+def values_without_stages(composed: DictConfig) -> dict[str, Any]:
+    """As `plain_values`, but for the recipe's entries of its stages: they may refer to what only those stages have."""
     OmegaConf.update(composed, "recipe.stages", {}, merge=False, force_add=True)
     return plain_values(composed)
 

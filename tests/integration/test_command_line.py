@@ -52,7 +52,7 @@ def test_fsdp_on_two_ranks_and_then_one_stage_from_its_weights(own, tmp_path):
             "has no weights to start from",
         ),
         (["stages=[7]"], "stages=['7'] are not known: use language_warmup"),
-        (["init_from=/not/there"], "init_from=/not/there: neither a folder of weights nor a run"),
+        (["init_from=/not/there"], "init_from=/not/there: there is no such folder"),
         (["recipe=none"], "there is no stage to run"),
     ],
 )
