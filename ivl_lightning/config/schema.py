@@ -405,7 +405,7 @@ class RecipeConfig(Strict):
         gpus: stage name -> accelerators of the published run; shown, not used.
         donor: recipe whose run gives the vision tower (`scaling.donor`).
         on_request: stages that run only where `stages` or `scaling.entry` names them.
-        sequels: folder -> overrides of a further run, made in `RUN/FOLDER` once the chain is finished.
+        sequels: folder -> overrides of a further run, made in `RUN/FOLDER` behind a finished chain; [] is none.
         stages: stage name -> settings of that stage, a mapping of the same tree as `train.yaml`.
     """
 

@@ -59,6 +59,8 @@ def sequel_configs(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, RunC
     taken = [*filter(_is_taken_over, HydraConfig.get().overrides.task), *_search_path()]
     found = {}
     for folder, overrides in first.recipe.sequels.items():
+        if not overrides:
+            continue
         arguments, run_dir = [*taken, *overrides], f"{first.run_dir}/{folder}"
         composed = compose("train", overrides=[*arguments, f"run_dir={literal(run_dir)}"])
         found[folder] = _chain(composed, arguments, run_dir)
@@ -68,7 +70,10 @@ def sequel_configs(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, RunC
 def _chain(composed: DictConfig, arguments: Sequence[str], run_dir: str) -> dict[str, RunConfig]:
     names = stage_names(composed.stages, _recipe_stages(composed))
     check_entry(composed.scaling.donor, composed.scaling.entry, names)
-    return {name: compose_stage(name, [*arguments, *_donor(composed, name)], run_dir=run_dir) for name in names}
+    return {
+        name: compose_stage(name, [*arguments, *_donor(composed, name)], run_dir=run_dir, recipe=composed.recipe)
+        for name in names
+    }
 
 
 def _is_taken_over(override: str) -> bool:

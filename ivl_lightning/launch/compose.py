@@ -37,22 +37,24 @@ def stage_names(requested: Sequence[object] | None, recipe_stages: Sequence[str]
     return names
 
 
-def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str) -> RunConfig:
+def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str, recipe: DictConfig | None = None) -> RunConfig:
     """Compose, check and resolve one stage's configuration.
 
     Args:
         name: of the stage.
         arguments: overrides of the command line.
         run_dir: of the run, decided once by the launching process.
+        recipe: that these arguments give, where it is known.
 
     Raises:
         ConfigError: misspelt or missing settings, wrong types, contradictions.
     """
     fixed = [f"stage={name}", f"run_dir={literal(run_dir)}"]
-    base = compose("train", overrides=[*arguments, *fixed])
-    recipe = OmegaConf.to_container(base.recipe, resolve=False)
-    assert isinstance(recipe, dict)
-    entry = (recipe.get("stages") or {}).get(name) or {}
+    if recipe is None:
+        recipe = compose("train", overrides=[*arguments, *fixed]).recipe
+    plain = OmegaConf.to_container(recipe, resolve=False)
+    assert isinstance(plain, dict)
+    entry = (plain.get("stages") or {}).get(name) or {}
     composed = compose("train", overrides=[*flatten(entry), *arguments, *fixed])
     config = load(RunConfig, _with_stage_data(values_without_stages(composed), name))
     validate(config)

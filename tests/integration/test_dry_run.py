@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -81,9 +83,16 @@ def test_a_published_recipe_without_anything_given(dry):
     )
 
 
-def test_steps_on_data_of_one_s_own(dry, tmp_path):
+@pytest.fixture
+def short_folder():
+    """One whose path fits into a line of 100 columns."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_steps_on_data_of_one_s_own(dry, short_folder):
     """12 pictures and 12 texts, each seen 1.5 times, are 36 samples: 8 steps of 5; two epochs are 16."""
-    meta = write_tiny_data(tmp_path / "data", repeat_time=1.5)
+    meta = write_tiny_data(short_folder, repeat_time=1.5)
     code, text, errors = dry(
         f"data.meta={meta}",
         "stages=[2]",
