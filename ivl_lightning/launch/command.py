@@ -40,7 +40,8 @@ def stage_configs(composed: DictConfig, extra: Sequence[str] = ()) -> dict[str, 
         ConfigError: a wrong setting.
     """
     arguments = [*HydraConfig.get().overrides.task, *_search_path(), *extra]
-    return _chain(composed, arguments, job_folder(composed.run_dir))
+    # What is added may change the recipe that was composed without it.
+    return _chain(composed, arguments, job_folder(composed.run_dir), None if extra else composed.recipe)
 
 
 def sequel_configs(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, RunConfig]]:
@@ -63,15 +64,17 @@ def sequel_configs(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, RunC
             continue
         arguments, run_dir = [*taken, *overrides], f"{first.run_dir}/{folder}"
         composed = compose("train", overrides=[*arguments, f"run_dir={literal(run_dir)}"])
-        found[folder] = _chain(composed, arguments, run_dir)
+        found[folder] = _chain(composed, arguments, run_dir, composed.recipe)
     return found
 
 
-def _chain(composed: DictConfig, arguments: Sequence[str], run_dir: str) -> dict[str, RunConfig]:
+def _chain(
+    composed: DictConfig, arguments: Sequence[str], run_dir: str, recipe: DictConfig | None
+) -> dict[str, RunConfig]:
     names = stage_names(composed.stages, _recipe_stages(composed))
     check_entry(composed.scaling.donor, composed.scaling.entry, names)
     return {
-        name: compose_stage(name, [*arguments, *_donor(composed, name)], run_dir=run_dir, recipe=composed.recipe)
+        name: compose_stage(name, [*arguments, *_donor(composed, name)], run_dir=run_dir, recipe=recipe)
         for name in names
     }
 
