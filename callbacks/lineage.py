@@ -81,7 +81,7 @@ class LineageRecorder(Callback):
         lineage = Lineage(
             stage=self._name or type(stage).__name__,
             folder=str(folder.absolute()),
-            trained=[f"{part} (LoRA)" if part in stage.lora.parts else part for part in stage.trainable],
+            trained=stage.trained_names,
             steps=trainer.global_step,
             tokens=_tokens(trainer),
             parts=self._records(stage, after),

@@ -89,7 +89,8 @@ def _left_out(configs: Mapping[str, RunConfig]) -> Iterator[Line]:
         # Stages that are picked are all that runs.
         return
     for folder, overrides in config.recipe.sequels.items():
-        yield Line("afterwards", f"{config.run_dir}/{folder}: {' '.join(overrides)}")
+        if overrides:
+            yield Line("afterwards", f"{config.run_dir}/{folder}: {' '.join(overrides)}")
 
 
 def _closing(faults: Mapping[Line, list[str]]) -> Iterator[Line]:

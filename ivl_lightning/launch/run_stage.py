@@ -149,7 +149,7 @@ def _finish(
         settings=deciding_settings(config),
         input_weights=inputs.hash or input_hash(config),
         output_weights=weights_hash(folder / WEIGHTS_FOLDER),
-        trained=[f"{part} (LoRA)" if part in stage.lora.parts else part for part in stage.trainable],
+        trained=stage.trained_names,
         steps=trainer.global_step,
         loss_first=float("nan") if losses.first is None else losses.first,
         loss_last=losses.last,

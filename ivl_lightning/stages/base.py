@@ -119,6 +119,11 @@ class Stage(L.LightningModule):
         assert self.root is not None, "configure_model has not run yet"
         return self.root.internvl
 
+    @property
+    def trained_names(self) -> list[str]:
+        """Parts that train, for people: `llm`, or `llm (LoRA)` where adapters do."""
+        return [f"{part} (LoRA)" if part in self.lora.parts else part for part in self.trainable]
+
     # -- building -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
