@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from transformers import InternVLForConditionalGeneration
 
 from ivl_lightning.config import schema
@@ -56,8 +57,14 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@cache
+def recipe_of(arguments: tuple[str, ...]) -> DictConfig:
+    """Composed once for all stages of a run, as the chain does."""
+    return compose("train", overrides=list(arguments)).recipe
+
+
 def stage_config(name: str, *arguments: str) -> schema.RunConfig:
-    return compose_stage(name, arguments, run_dir="RUN")
+    return compose_stage(name, arguments, run_dir="RUN", recipe=recipe_of(arguments))
 
 
 @pytest.mark.parametrize("name", [name for name in names("recipe") if not name.startswith("internvl")])
