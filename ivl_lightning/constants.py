@@ -41,6 +41,9 @@ WEIGHTS_FOLDER = "weights"
 DONE_NAME = "done.json"
 """What marks a stage's folder as finished."""
 
+PREEMPTED_EXIT_CODE = 75
+"""Of a run that has saved and stopped on request: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
 TOWER_STAGE = "vit_incremental"
 """The stage whose vision tower other language models take over."""
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ivl_lightning.checkpoints.files import load_tensors
+from ivl_lightning.checkpoints.parts import META_NAME, METADATA_NAME, PartsReader, alone
 from ivl_lightning.checkpoints.source import CheckpointError, MemorySource, TensorSource, renamed
 
 _STATE = "state_dict"
-_META = "meta.pt"
-"""What Lightning writes beside the shards: all that is no tensor of the model or the optimizer."""
 
 
 def open_lightning(path: Path) -> tuple[TensorSource, dict[str, Any]]:
     """The tensors of the module a trainer saved, and what else the checkpoint says.
 
     Args:
-        path: a `.ckpt` file, or a folder of shards with `.metadata` and `meta.pt`.
+        path: a `.ckpt` file, or a folder of parts.
 
     Raises:
         CheckpointError: it is missing, incomplete or damaged.
@@ -37,7 +34,7 @@ def open_lightning(path: Path) -> tuple[TensorSource, dict[str, Any]]:
             raise CheckpointError(f"{path} has no {_STATE}: it is no checkpoint of a Lightning trainer")
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         return MemorySource(tensors, str(path)), content
-    missing = [name for name in (".metadata", _META) if not (path / name).is_file()]
+    missing = [name for name in (METADATA_NAME, META_NAME) if not (path / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{path} has no {' and no '.join(missing)}: saving it was interrupted, take an earlier one"
@@ -45,19 +42,8 @@ def open_lightning(path: Path) -> tuple[TensorSource, dict[str, Any]]:
     prefix = f"{_STATE}."
     shards = _Shards(path)
     return renamed(shards, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None), load_tensors(
-        path / _META
+        path / META_NAME
     )
-
-
-class _Reader(FileSystemReader):
-    """Torch's own, which would read the metadata of all tensors anew with each of them."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
 
 
 class _Shards:
@@ -65,7 +51,7 @@ class _Shards:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._reader = _Reader(path)
+        self._reader = PartsReader(path)
         entries = self._reader.read_metadata().state_dict_metadata
         self._entries = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -79,9 +65,7 @@ class _Shards:
     def read(self, name: str) -> Tensor:
         tensor = torch.empty_like(self.meta(name), device="cpu")
         try:
-            with warnings.catch_warnings():
-                # That no process group is there is what is meant.
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            with alone():
                 load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,29 @@ class TensorSource(Protocol):
     def where(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
         ...
+
+
+@runtime_checkable
+class RowSource(TensorSource, Protocol):
+    """A source that can read some rows of a tensor without looking at the others."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows from `start` up to `stop`; see `read`."""
+        ...
+
+
+def read_rows(source: TensorSource, name: str, start: int, stop: int) -> Tensor:
+    """Rows of a tensor from `start` up to `stop`.
+
+    A tensor of a safetensors file is a view of the file: of what is not used nothing is read. So only sources that
+    rearrange tensors have a way of their own.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if isinstance(source, RowSource):
+        return source.read_rows(name, start, stop)
+    return source.read(name)[start:stop]
 
 
 class MemorySource:
@@ -92,6 +115,10 @@ class Renamed:
         """See `TensorSource`."""
         return self._source.read(self._old[name])
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `RowSource`."""
+        return read_rows(self._source, self._old[name], start, stop)
+
     def where(self, name: str) -> str:
         """See `TensorSource`."""
         return self._source.where(self._old[name])
@@ -141,6 +168,10 @@ class Combined:
     def read(self, name: str) -> Tensor:
         """See `TensorSource`."""
         return self._holder[name].read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `RowSource`."""
+        return read_rows(self._holder[name], name, start, stop)
 
     def where(self, name: str) -> str:
         """See `TensorSource`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 
 from ivl_lightning.checkpoints.key_map import KeyTable
-from ivl_lightning.checkpoints.source import CheckpointError, TensorSource, listed
-from ivl_lightning.checkpoints.splits import Split
+from ivl_lightning.checkpoints.source import CheckpointError, TensorSource, listed, read_rows
+from ivl_lightning.checkpoints.splits import Split, Whole
 
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Buffers that old releases stored although they follow from the configuration."""
@@ -62,6 +63,16 @@ class AsNative:
         """See `TensorSource`."""
         original, place, split = self._parts[name]
         return self._split(original, split, self._source.read(original))[place]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `RowSource`."""
+        original, place, split = self._parts[name]
+        if split == Whole():
+            return read_rows(self._source, original, start, stop)
+        # Splits move whole rows, so their numbers are split like they are.
+        numbers = torch.arange(self._source.meta(original).shape[0])
+        wanted = self._split(original, split, numbers)[place][start:stop]
+        return self._source.read(original)[wanted]
 
     def where(self, name: str) -> str:
         """See `TensorSource`."""

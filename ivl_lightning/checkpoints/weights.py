@@ -20,7 +20,7 @@ def memory_hash(model: nn.Module) -> str:
     """Hash of all weights as they lie in memory: a model may come from no folder.
 
     Args:
-        model: not sharded.
+        model: may be sharded; then every rank must call it.
     """
     return tensors_hash(model.state_dict().items())
 

@@ -15,8 +15,11 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich import print as rich_print
 from transformers import PreTrainedTokenizerBase
 
+from ivl_lightning.checkpoints.complete import checkpoints_in, faults, steps_of
 from ivl_lightning.checkpoints.run_folders import tower_folder
 from ivl_lightning.checkpoints.source import Combined, MemorySource
 from ivl_lightning.checkpoints.weights import full_state_dict
@@ -30,7 +33,8 @@ from ivl_lightning.data.templates import template_of
 from ivl_lightning.launch.adapter import ADAPTER_FOLDER, save_adapter
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
-from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
+from ivl_lightning.launch.replay_step import replay_checkpoint, replay_step
+from ivl_lightning.launch.trainer import CHECKPOINT_FOLDER, build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
 from ivl_lightning.models.build import has_weights, weight_sources
 from ivl_lightning.models.checkpoint import Checkpoint
@@ -53,12 +57,14 @@ def run_stage(folder: Path) -> None:
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     L.seed_everything(config.seed, verbose=False)
+    if config.replay is not None:
+        _replay(config, folder)
+        return
     tokenizer = tokenizer_of(config.model, config.init_from)
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = _told(newest_checkpoint(folder), folder)
     datamodule = build_datamodule(config, tokenizer, look_again=checkpoint is None)
     stage = build_stage(config, tokenizer)
-    # A checkpoint of adapters leaves out what is frozen, a donor's tower among it; pairs need the reference model.
-    stage.loader.resumed = checkpoint is not None and not config.lora.parts and config.stage.rows != "pairs"
+    stage.resumed = checkpoint is not None
     losses, inputs = LossEnds(), InputWeights()
     trainer = build_trainer(config, folder, [losses, inputs])
     if checkpoint is None and trainer.is_global_zero:
@@ -87,6 +93,29 @@ def run_stage(folder: Path) -> None:
         )
         _finish(config, folder, stage, trainer, losses, inputs, datamodule, time.monotonic() - start)
     trainer.strategy.barrier()
+
+
+def _replay(config: RunConfig, folder: Path) -> None:
+    """One step again; see `launch.replay`."""
+    tokenizer = tokenizer_of(config.model, config.init_from)
+    stage = build_stage(config, tokenizer)
+    stage.resumed = replay_checkpoint(config, folder) is not None
+    replay_step(config, folder, stage, build_datamodule(config, tokenizer))
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    rich_print(message)
+
+
+def _told(checkpoint: Path | None, folder: Path) -> Path | None:
+    """The checkpoint to go on from; people are told which, and which newer ones a save has left unfinished."""
+    left = {path.name: faults(path) for path in checkpoints_in(folder / CHECKPOINT_FOLDER) if faults(path)}
+    for name, found in left.items():
+        _say(f"[yellow]{name} is left out[/yellow]: {', '.join(found)}")
+    if checkpoint is not None:
+        _say(f"goes on behind step {steps_of(checkpoint)}, from {checkpoint}")
+    return checkpoint
 
 
 class LossEnds(Callback):
@@ -156,6 +185,7 @@ def _finish(
         scores={name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
         seconds=seconds,
         rejected=dict(datamodule.ledger.counts),
+        averaged=stage.averaged,
     ).write(folder)
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ivl_lightning.checkpoints.complete import newest_complete
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.data.plan import accumulation
 from ivl_lightning.strategies.build import build_strategy
 
 CHECKPOINT_FOLDER = "checkpoints"
+WANDB_ID_NAME = "wandb_id.txt"
 # Lightning has no "never": an interval no run reaches keeps validation to the end of the stage.
 _NEVER = 10**12
 
@@ -26,11 +34,17 @@ def build_trainer(config: RunConfig, folder: Path, callbacks: Sequence[Callback]
     num_ranks = settings.devices * settings.num_nodes
     micro_steps = accumulation(config.data.packs_per_step, num_ranks)
     every = settings.val_every_n_steps
+    strategy = build_strategy(
+        config.strategy, num_ranks=num_ranks, num_nodes=settings.num_nodes, accelerator=settings.accelerator
+    )
+    strategy.save_behind = settings.async_checkpoints
+    everyone = [*callbacks, *build_callbacks(config)]
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=build_strategy(config.strategy, num_ranks=num_ranks),
+        strategy=strategy,
+        plugins=[cluster_environment()],
         precision=settings.precision,
         max_steps=settings.max_steps or -1,
         max_epochs=-1 if settings.max_steps else settings.max_epochs,
@@ -41,45 +55,56 @@ def build_trainer(config: RunConfig, folder: Path, callbacks: Sequence[Callback]
         log_every_n_steps=settings.log_every_n_steps,
         enable_progress_bar=settings.progress_bar,
         enable_model_summary=False,
+        # Else Lightning would add a saver of its own.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in everyone),
         deterministic=settings.deterministic,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        logger=build_loggers(config),
-        callbacks=[*callbacks, *build_callbacks(config, folder)],
+        logger=build_loggers(config, folder),
+        callbacks=everyone,
     )
 
 
-def build_loggers(config: RunConfig) -> list[Logger] | bool:
-    """The configured loggers; False where there are none."""
-    return [instantiate(entry) for entry in config.logger.values() if entry is not None] or False
+def cluster_environment() -> ClusterEnvironment:
+    """Who has started the ranks: the launching processes (see `launch.ranks`), or Lightning does so itself.
+
+    Lightning's own choice would take a script of sbatch for a step of srun; and its environment of Slurm has handlers
+    that save in the middle of a batch, which cannot be resumed exactly.
+    """
+    return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
 
 
-def build_callbacks(config: RunConfig, folder: Path) -> list[Callback]:
-    """Checkpoints, learning rates, and the configured callbacks."""
+def build_loggers(config: RunConfig, folder: Path) -> list[Logger] | bool:
+    """The configured loggers; False where there are none. One of W&B goes on with the run that the stage began."""
+    entries = [entry for entry in config.logger.values() if entry is not None]
+    return [instantiate(_continued(entry, folder)) for entry in entries] or False
+
+
+def _continued(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if entry["_target_"].rpartition(".")[2] != "WandbLogger" or entry.get("id") is not None:
+        return entry
+    return {**entry, "id": _wandb_id(folder / WANDB_ID_NAME), "resume": "allow"}
+
+
+def _wandb_id(path: Path) -> str:
+    """Drawn by whoever comes first, the first rank, and kept beside the stage's results."""
+    if not path.is_file() and rank_zero_only.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    # The other ranks log nothing.
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def build_callbacks(config: RunConfig) -> list[Callback]:
+    """The configured callbacks, and learning rates where they are logged."""
     callbacks: list[Callback] = [instantiate(entry) for entry in config.callbacks.values() if entry is not None]
     if not config.trainer.progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if config.logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
-    return [*callbacks, _checkpoints(config, folder)]
-
-
-def _checkpoints(config: RunConfig, folder: Path) -> ModelCheckpoint:
-    every = config.trainer.checkpoint_every_n_steps
-    options: dict[str, Any] = (
-        {"save_top_k": 0}
-        if every is None
-        else {
-            "save_top_k": config.trainer.keep_checkpoints,
-            "every_n_train_steps": every,
-            "monitor": "step",
-            "mode": "max",
-        }
-    )
-    return ModelCheckpoint(dirpath=folder / CHECKPOINT_FOLDER, filename="{step:08d}", **options)
+    return callbacks
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps, from which a killed stage goes on."""
-    found = sorted((folder / CHECKPOINT_FOLDER).glob("step=*.ckpt"))
-    return found[-1] if found else None
+    """The whole checkpoint with the most steps, from which a stage goes on that was killed or stopped."""
+    return newest_complete(folder / CHECKPOINT_FOLDER)

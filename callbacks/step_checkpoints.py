@@ -1,0 +1,93 @@
+"""Checkpoints between optimizer steps: a run that is killed loses little, and there is always one to go on from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from ivl_lightning.checkpoints.complete import checkpoint_name, checkpoints_in, is_complete, newest_complete, remove
+from ivl_lightning.strategies.folder_checkpoints import FolderCheckpoints
+
+_log = logging.getLogger(__name__)
+
+
+class StepCheckpoints(Checkpoint):
+    """Saves every so many optimizer steps and keeps the newest ones.
+
+    An older checkpoint is removed only when a newer one stands whole, also where saving goes on behind training.
+
+    Args:
+        folder: where they go, `step=00000100.ckpt` and so on.
+        every: optimizer steps between two of them; None saves on request alone.
+        keep: whole checkpoints kept, at least 1.
+
+    Raises:
+        ValueError: `keep` or `every` below 1.
+    """
+
+    def __init__(self, folder: str | Path, *, every: int | None = None, keep: int = 3) -> None:
+        super().__init__()
+        if keep < 1 or (every is not None and every < 1):
+            raise ValueError(f"keep={keep} and every={every} must be at least 1 (every may be None)")
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self._seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from here."""
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Save behind a step whose turn it is."""
+        steps = trainer.global_step
+        if steps == self._seen:
+            return
+        self._seen = steps
+        self._prune(trainer)
+        if self.every is not None and steps % self.every == 0:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save what the finished steps have made, unless that stands already; every rank must call it.
+
+        Before the first step there is nothing that a new start would not make again.
+        """
+        if trainer.global_step == 0:
+            return
+        path = self.folder / checkpoint_name(trainer.global_step)
+        if trainer.strategy.broadcast(is_complete(path) if trainer.is_global_zero else False):
+            return
+        trainer.save_checkpoint(path)
+        self._prune(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the last one."""
+        self.finish(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A save that goes on is worth waiting for; if it fails too, the run's own fault counts."""
+        try:
+            self.finish(trainer)
+        except Exception:
+            _log.exception("the last checkpoint was not finished")
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Wait for a save that goes on behind training; every rank must call it."""
+        if isinstance(trainer.strategy, FolderCheckpoints):
+            trainer.strategy.finish_saving()
+        self._prune(trainer)
+
+    def _prune(self, trainer: L.Trainer) -> None:
+        """Remove all but the newest whole ones, and what older saves have left that did not end."""
+        if not trainer.is_global_zero:
+            return
+        newest = newest_complete(self.folder)
+        if newest is None:
+            return
+        older = [path for path in checkpoints_in(self.folder) if path.name <= newest.name]
+        whole = [path for path in older if is_complete(path)]
+        for path in set(older) - set(whole[-self.keep :]):
+            remove(path)
