@@ -9,7 +9,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from ivl_lightning.checkpoints.complete import checkpoint_name, checkpoints_in, is_complete, newest_complete, remove
+from ivl_lightning.checkpoints.complete import (
+    checkpoint_name,
+    checkpoints_in,
+    is_complete,
+    newest_complete,
+    remove,
+    steps_of,
+)
 from ivl_lightning.strategies.folder_checkpoints import FolderCheckpoints
 
 _log = logging.getLogger(__name__)
@@ -87,7 +94,7 @@ class StepCheckpoints(Checkpoint):
         newest = newest_complete(self.folder)
         if newest is None:
             return
-        older = [path for path in checkpoints_in(self.folder) if path.name <= newest.name]
+        older = [path for path in checkpoints_in(self.folder) if steps_of(path) <= steps_of(newest)]
         whole = [path for path in older if is_complete(path)]
         for path in set(older) - set(whole[-self.keep :]):
             remove(path)
