@@ -50,6 +50,7 @@ class ExactResume(Callback):
 def generator_states() -> dict[str, Any]:
     """States of this process's generators: numbers, texts, lists and tensors, as a checkpoint may hold them."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     version, internal, next_gauss = random.getstate()
     return {
         "python": [version, list(internal), next_gauss],

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from ivl_lightning.callbacks.step_checkpoints import StepCheckpoints
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE
@@ -111,7 +111,7 @@ class Preemption(Checkpoint):
 
 
 def _savers(trainer: L.Trainer) -> list[StepCheckpoints]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, StepCheckpoints)]
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoints)]
 
 
 def _exit_code(trainer: L.Trainer) -> int:

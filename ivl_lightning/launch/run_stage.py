@@ -15,7 +15,7 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich import print as rich_print
 from transformers import PreTrainedTokenizerBase
 

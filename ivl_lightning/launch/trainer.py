@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ivl_lightning.checkpoints.complete import newest_complete
 from ivl_lightning.config.schema import RunConfig
@@ -87,12 +87,16 @@ def _continued(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _wandb_id(path: Path) -> str:
-    """Drawn by whoever comes first, the first rank, and kept beside the stage's results."""
-    if not path.is_file() and rank_zero_only.rank == 0:
+    """Kept beside the stage's results; ranks but the first, which log nothing, may come too early for it."""
+    _draw_id(path)
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+@rank_zero_only
+def _draw_id(path: Path) -> None:
+    if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4), encoding="utf-8")
-    # The other ranks log nothing.
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:
