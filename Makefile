@@ -58,8 +58,9 @@ bench: $(STAMP) ## measure: every tests/benchmarks/bench_*.py
 soak: $(STAMP) ## tests that take minutes
 	$(PYTEST) -m soak $(ARGS)
 
-gpu: $(STAMP) ## tests that need a CUDA device
+gpu: $(STAMP) ## on a CUDA device: its tests, then figures of speed and equality in gpu.json
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	$(BIN)/python -m tests.gpu.check
 
 clean: ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -16,7 +16,7 @@ from ivl_lightning.checkpoints.lineage import Lineage, Origin, PartRecord, read_
 from ivl_lightning.checkpoints.weights import tensors_hash
 from ivl_lightning.config.schema import Part
 from ivl_lightning.models.freeze import model_parts, part_sizes
-from ivl_lightning.stages.base import Stage
+from ivl_lightning.stages.base import Stage, stage_of
 
 HASHED: Final[tuple[Part, ...]] = ("vision", "projector")
 """Parts that are carried to other networks. A language model is not, and takes long to hash."""
@@ -47,13 +47,21 @@ class LineageRecorder(Callback):
             self._before = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take origins and hashes of what the stage starts from, unless a checkpoint has brought them.
+        """Take origins and hashes of what the stage starts from, unless a checkpoint has brought them or will do so.
 
         Origins are read now: where they lie may be deleted or written to while the stage trains.
         """
+        if not stage_of(pl_module).awaits_checkpoint:
+            self._begin(stage_of(pl_module))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A checkpoint that was saved without this callback brings weights, but no hashes of those before."""
+        self._begin(stage_of(pl_module))
+
+    def _begin(self, stage: Stage) -> None:
         if self._before is None:
-            self._came_from = self._origins(stage_of(pl_module))
-            self._before = part_hashes(stage_of(pl_module))
+            self._came_from = self._origins(stage)
+            self._before = part_hashes(stage)
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in checkpoints: a stage that goes on began where it began."""
@@ -115,17 +123,6 @@ class LineageRecorder(Callback):
 def origin_of(folder: Path, parts: list[Part], *, donor: bool) -> Origin:
     """Where parts were read from, with the lineage that lies there."""
     return Origin(str(folder.absolute()), list(parts), donor, read_lineage(folder))
-
-
-def stage_of(pl_module: L.LightningModule) -> Stage:
-    """The trainer's stage.
-
-    Raises:
-        ValueError: the trainer trains something else.
-    """
-    if not isinstance(pl_module, Stage):
-        raise ValueError(f"this callback needs one of this project's stages, got {type(pl_module).__name__}")
-    return pl_module
 
 
 def part_hashes(stage: Stage) -> dict[str, str]:

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Checkpoint
 
 from ivl_lightning.callbacks.step_checkpoints import StepCheckpoints
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE

@@ -12,14 +12,14 @@ from typing import Any
 import lightning as L
 from transformers import InternVLConfig
 
-from ivl_lightning.callbacks.lineage import LineageRecorder, origin_of, stage_of
+from ivl_lightning.callbacks.lineage import LineageRecorder, origin_of
 from ivl_lightning.checkpoints.lineage import Origin
 from ivl_lightning.checkpoints.source import TensorSource, listed
 from ivl_lightning.config.schema import CarriedProjector, Part
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.models.donor import Donor, DonorError, brought_parts, check_special_tokens, open_donor
 from ivl_lightning.models.loader import NetworkLoader
-from ivl_lightning.stages.base import Stage
+from ivl_lightning.stages.base import Stage, stage_of
 
 
 class ProgressiveScaling(LineageRecorder):
@@ -27,8 +27,8 @@ class ProgressiveScaling(LineageRecorder):
 
     It never touches weights: in `setup` it registers with the stage's loader, which reads the donor's tensors in the
     place of the network's own, each rank its shares, once the network is sharded. A stage that goes on from a
-    checkpoint has its weights there, and only the donor's name is compared; with `stage.loader.resumed` the donor need
-    not be there any more.
+    checkpoint has its weights there, and only the donor's name is compared; with `stage.resumed` the donor need not be
+    there any more, unless the checkpoint leaves out what is frozen (adapters), or there is a reference model.
 
     Args:
         donor: run folder (of which stage 1.5's tower is taken, if that is finished), stage folder, exported folder,
@@ -64,7 +64,7 @@ class ProgressiveScaling(LineageRecorder):
             return
         self._donor = self._loader = None
         self._check_own_tokens(trainer)
-        if module.loader.resumed or (module.root is not None and stage != "fit"):
+        if not module.reads_origins or (module.root is not None and stage != "fit"):
             return
         if module.root is not None:
             raise DonorError(
@@ -92,8 +92,9 @@ class ProgressiveScaling(LineageRecorder):
         Raises:
             RuntimeError: it has not, on this rank or another.
         """
-        if self._donor is not None and not self._proven:
-            self._verify(trainer, stage_of(pl_module), self._donor)
+        stage = stage_of(pl_module)
+        if self._donor is not None and not self._proven and not stage.awaits_checkpoint:
+            self._verify(trainer, stage, self._donor)
             self._proven = True
         super().on_fit_start(trainer, pl_module)
 

@@ -14,6 +14,7 @@ from ivl_lightning.config import schema
 from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.chat import ChatConfig, ChatModel
 from ivl_lightning.config.convert import ConvertConfig, ExportConfig
+from ivl_lightning.config.plan import PlanConfig
 from ivl_lightning.config.preferences import PreferencesConfig
 
 TARGET = Path(__file__).with_name("config.md")
@@ -31,9 +32,11 @@ GROUPS: dict[str, type] = {
     "optim": schema.OptimConfig,
     "trainer": schema.TrainerConfig,
     "strategy": schema.StrategyConfig,
+    "launcher": schema.LauncherConfig,
     "scaling": schema.ScalingConfig,
     "recipe": schema.RecipeConfig,
     "ivl-audit": AuditConfig,
+    "ivl-plan plan": PlanConfig,
     "ivl-preferences": PreferencesConfig,
     "ivl-convert": ConvertConfig,
     "ivl-export": ExportConfig,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,8 +210,24 @@ class PlannedPack:
     step_samples: int = 0
 
 
+class Pinnable:
+    """A batch whose tensors a loader can put where a GPU fetches them by itself."""
+
+    __slots__ = ()
+
+    def pin_memory(self) -> Self:
+        """The batch in pinned memory, but for boundaries, which stay with the CPU. `DataLoader` asks for it."""
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        pinned = {
+            name: value.pin_memory()
+            for name, value in values.items()
+            if hasattr(value, "pin_memory") and not name.startswith("cu_")
+        }
+        return type(self)(**values | pinned)
+
+
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
+class PackedBatch(Pinnable):
     """One micro-batch: documents side by side in one row of L tokens.
 
     Attributes:
@@ -246,7 +262,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class PreferenceBatch:
+class PreferenceBatch(Pinnable):
     """One micro-batch of D preference pairs side by side in one row of L tokens: `[prompt | chosen | rejected]` each.
 
     Queries are cut into 3 D segments (prompt, chosen, rejected of each pair); the keys of a segment are its pair's
@@ -332,7 +348,7 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptBatch:
+class PromptBatch(Pinnable):
     """Questions to answer by generation, padded on the left.
 
     Attributes:

@@ -67,10 +67,10 @@ class AsNative:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `RowSource`."""
         original, place, split = self._parts[name]
-        if split == Whole():
+        if isinstance(split, Whole):
             return read_rows(self._source, original, start, stop)
         # Splits move whole rows, so their numbers are split like they are.
-        numbers = torch.arange(self._source.meta(original).shape[0])
+        numbers = torch.arange(self._source.meta(original).shape[0], device="cpu")
         wanted = self._split(original, split, numbers)[place][start:stop]
         return self._source.read(original)[wanted]
 

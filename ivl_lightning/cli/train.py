@@ -2,65 +2,130 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ivl_lightning.config.check import ConfigError
+from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.constants import PREEMPTED_EXIT_CODE
 from ivl_lightning.launch.command import job_folder, sequel_configs, stage_configs, take_arguments
+from ivl_lightning.launch.crew import Crew
 from ivl_lightning.launch.dry_run import print_dry_run, stand_ins, traces_aside
+from ivl_lightning.launch.meeting import LostRankError
+from ivl_lightning.launch.ranks import check_ranks, started_ranks
+from ivl_lightning.launch.replay import write_replay
+from ivl_lightning.launch.signals import StopRequestedError
+from ivl_lightning.launch.slurm import requeue, submit_command
+
+if TYPE_CHECKING:
+    from ivl_lightning.launch.chain import StageStoppedError
 
 
 def main() -> None:
-    """The command. A user's mistake ends with its message and exit code 1."""
-    take_arguments()
-    with traces_aside(sys.argv[1:]) as arguments:
-        sys.argv[1:] = arguments
-        _main()
+    """The command. A user's mistake ends with its message and exit code 1, a stop on request with 75."""
+    crew = _crew()
+    with crew.listening():
+        if crew.ranks.rank > 0:
+            _follow(crew)
+            return
+        with crew.leading():
+            take_arguments()
+            with traces_aside(sys.argv[1:]) as arguments:
+                sys.argv[1:] = arguments
+                _compose_and_run(crew)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="train")
-def _main(composed: DictConfig) -> None:
+def _crew() -> Crew:
     try:
-        run(composed)
+        return Crew(started_ranks(os.environ))
     except ConfigError as error:
+        # Every rank finds it, and one says so.
+        sys.exit(f"error: {error}" if os.environ.get("SLURM_PROCID", "0") == "0" else 1)
+
+
+def _follow(crew: Crew) -> None:
+    try:
+        sys.exit(crew.follow())
+    except LostRankError as error:
         sys.exit(f"error: {error}")
 
 
-def run(composed: DictConfig) -> None:
-    """Run the stages of a composed configuration.
+def _compose_and_run(crew: Crew) -> None:
+    @hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="train")
+    def command(composed: DictConfig) -> None:
+        try:
+            run(composed, crew)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+
+    try:
+        command()
+    except StopRequestedError as stop:
+        _stop(stop, crew)
+
+
+def run(composed: DictConfig, crew: Crew) -> None:
+    """Run the stages of a composed configuration, or hand the command to a scheduler.
 
     Raises:
         ConfigError: a wrong setting.
-        SystemExit: a stage failed; its process has said why.
+        SystemExit: a stage failed, and its process has said why; or it stopped on request.
     """
     if composed.dry_run:
         print_dry_run(stage_configs(composed, stand_ins(composed)))
         return
-    # Imported late: --help, --cfg and wrong settings need neither torch nor matplotlib.
-    from ivl_lightning.launch.chain import StageFailedError, run_chain
-
     configs, run_dir = stage_configs(composed), job_folder(composed.run_dir)
     # Stages that are picked are all that is wanted.
     sequels = sequel_configs(configs) if composed.stages is None else {}
+    chains = [configs, *sequels.values()]
+    if composed.launcher.name == "slurm":
+        submit_command(chains, crew.ranks, run_dir)
+        return
+    for chain in chains:
+        check_ranks(crew.ranks, chain)
+    if composed.replay is not None:
+        sys.exit(crew.run(write_replay(configs)))
     _write_command(run_dir)
+    _run_chains(configs, sequels, run_dir, crew)
+
+
+def _run_chains(
+    configs: Mapping[str, RunConfig], sequels: Mapping[str, Mapping[str, RunConfig]], run_dir: str, crew: Crew
+) -> None:
+    # Imported late: --help, --cfg and wrong settings need neither torch nor matplotlib.
+    from ivl_lightning.launch.chain import StageFailedError, StageStoppedError, run_chain
+
     try:
-        results = run_chain(configs)
+        results = run_chain(configs, crew)
         for folder, stages in sequels.items():
-            results += [replace(result, stage=f"{folder}: {result.stage}") for result in run_chain(stages)]
+            results += [replace(result, stage=f"{folder}: {result.stage}") for result in run_chain(stages, crew)]
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         _report(run_dir)
         sys.exit(error.code)
+    except StageStoppedError as stop:
+        _report(run_dir)
+        _stop(stop, crew)
     from ivl_lightning.reporting.table import print_stage_table
 
     print_stage_table(results)
     _report(run_dir)
+
+
+def _stop(stop: StopRequestedError | StageStoppedError, crew: Crew) -> NoReturn:
+    print(stop, file=sys.stderr)
+    if crew.wants_requeue and (told := requeue(os.environ)):
+        print(told, file=sys.stderr)
+    sys.exit(PREEMPTED_EXIT_CODE)
 
 
 def _report(run_dir: str) -> None:

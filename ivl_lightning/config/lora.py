@@ -82,10 +82,10 @@ def lora_faults(config: RunConfig) -> list[str]:
             f"stage.trainable_vision_layers={stage.trainable_vision_layers} chooses layers that train in full, but "
             f"lora.parts={lora.parts} freezes them: set one of the two to null or []"
         )
-    if lora.quantize is not None and config.strategy.name == "fsdp":
+    if lora.quantize is not None and config.strategy.name in ("fsdp", "hsdp"):
         faults.append(
-            f"lora.quantize={lora.quantize} cannot be sharded by strategy=fsdp, which would part 4-bit weights from "
-            "what they are scaled by: use strategy=single or strategy=ddp, or lora=llm"
+            f"lora.quantize={lora.quantize} cannot be sharded by strategy={config.strategy.name}, which would part "
+            "4-bit weights from what they are scaled by: use strategy=single or strategy=ddp, or lora=llm"
         )
     if stage.rows == "pairs" and config.preference.reference == "adapter_off":
         faults += adapter_off_faults(trained=stage.trainable or lora.parts, lora=lora)

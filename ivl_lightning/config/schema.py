@@ -338,6 +338,7 @@ class TrainerConfig(Strict):
         log_every_n_steps: steps between two rows of metrics.
         checkpoint_every_n_steps: steps between two checkpoints; null saves only the final weights.
         keep_checkpoints: checkpoints kept.
+        async_checkpoints: write checkpoints while training goes on, which takes the memory of a copy on the CPU.
         progress_bar: show one.
         threads: CPU threads per process; null leaves torch's choice.
         deterministic: ask torch for deterministic algorithms.
@@ -354,6 +355,7 @@ class TrainerConfig(Strict):
     log_every_n_steps: int = 1
     checkpoint_every_n_steps: int | None = 100
     keep_checkpoints: int = 3
+    async_checkpoints: bool = False
     progress_bar: bool = True
     threads: int | None = None
     deterministic: bool = False
@@ -364,16 +366,67 @@ class StrategyConfig(Strict):
     """How ranks share the work.
 
     Attributes:
-        name: `single` one process, `ddp` a copy per rank, `fsdp` FSDP2 (weights, gradients and optimizer sharded).
+        name: `single` one process, `ddp` a copy per rank, `fsdp` FSDP2 (weights, gradients and optimizer sharded over
+            all ranks), `hsdp` the same inside groups of ranks, of which each has a copy.
         param_dtype: dtype FSDP computes in; weights and optimizer stay float32.
         reshard_after_forward: free gathered weights between forward and backward.
+        shard_size: ranks that share one copy of the weights under `hsdp`; null is `trainer.devices`, a node.
+        sync_every_micro_batch: reduce gradients with each micro-batch, which saves the memory of whole gradients
+            between them; false reduces them with the step's last one alone.
+        compile_blocks: compile each transformer block.
+        cpu_offload: keep shards of weights, gradients and optimizer state in the memory of the host.
+        prefetch: transformer blocks gathered ahead of the one that runs, both ways; 0 leaves it to the library.
         timeout_minutes: a collective that takes longer ends the run.
     """
 
-    name: Literal["single", "ddp", "fsdp"] = "single"
+    name: Literal["single", "ddp", "fsdp", "hsdp"] = "single"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
+    shard_size: int | None = None
+    sync_every_micro_batch: bool = False
+    compile_blocks: bool = False
+    cpu_offload: bool = False
+    prefetch: int = 0
     timeout_minutes: int = 30
+
+
+@dataclass(kw_only=True)
+class LauncherConfig(Strict):
+    """Where the command runs: here, or as a job of Slurm.
+
+    Attributes:
+        name: `none` runs here, or on the ranks that torchrun or srun has started; `slurm` submits the command.
+        nodes: machines of the job; as many as `trainer.num_nodes`.
+        tasks_per_node: processes on each of them; as many as `trainer.devices`.
+        gpus_per_node: GPUs of each machine; 0 for none.
+        cpus_per_task: cores of each process; null leaves Slurm's choice.
+        time_minutes: limit of the job; a requeued one gets as much again.
+        partition: of the cluster; null leaves Slurm's choice.
+        account: that pays; null leaves Slurm's choice.
+        qos: quality of service; null leaves Slurm's choice.
+        constraint: features that the machines must have; null for any.
+        setup: shell commands that come first in the job.
+        signal_seconds: so long before the limit the run saves and stops. Slurm may begin up to a minute earlier.
+        requeue: put a job that stopped so back into the queue.
+        options: further options of sbatch, without their dashes; true for one without a value.
+        folder: of the job's script and logs; null is `RUN/slurm`.
+    """
+
+    name: Literal["none", "slurm"] = "none"
+    nodes: int = 1
+    tasks_per_node: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int | None = None
+    time_minutes: int = 60
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: list[str] = field(default_factory=list)
+    signal_seconds: int = 180
+    requeue: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -431,6 +484,8 @@ class RunConfig(Strict):
         stages: stages to run, in order; null runs the recipe's.
         init_from: run folder or weights folder the first stage starts from.
         dry_run: print what each stage would do, and do nothing.
+        replay: run one step of a stage again, without an update, and print what is in its batch: the number of finished
+            steps before it; null trains.
         stage: what trains.
         model: the network.
         data: of this stage.
@@ -444,6 +499,7 @@ class RunConfig(Strict):
         strategy: how ranks share the work.
         callbacks: name -> `_target_` and arguments of a Lightning callback; null leaves one out.
         logger: name -> `_target_` and arguments of a Lightning logger.
+        launcher: where the command runs.
         recipe: the chain this stage was taken from.
     """
 
@@ -462,7 +518,9 @@ class RunConfig(Strict):
     stages: list[str | int | float] | None = None
     init_from: str | None = None
     dry_run: bool = False
+    replay: int | None = None
     stage_data: dict[str, str | dict[str, Any] | None] = field(default_factory=dict)
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

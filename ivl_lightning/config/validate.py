@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.lora import lora_faults
-from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.config.schema import RunConfig, StrategyConfig
 
 
 def validate(config: RunConfig) -> None:
@@ -14,7 +14,9 @@ def validate(config: RunConfig) -> None:
         ConfigError: lists every contradiction, with both values and what to do.
     """
     faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
-    faults += [*lora_faults(config), *_scaling_faults(config)]
+    faults += [*lora_faults(config), *_scaling_faults(config), *_launcher_faults(config)]
+    if config.replay is not None and config.replay < 0:
+        faults.append(f"replay={config.replay} is a number of finished steps, 0 for the first step, or null to train")
     faults += _preference_faults(config) if config.stage.rows == "pairs" else _batch_faults(config)
     if faults:
         raise ConfigError(f"stage {config.stage.name}:\n" + "\n".join(faults))
@@ -43,19 +45,56 @@ def _strategy_faults(config: RunConfig) -> list[str]:
     if strategy.name == "single" and ranks > 1:
         faults.append(
             f"strategy=single runs one process, but trainer.devices={trainer.devices} and "
-            f"trainer.num_nodes={trainer.num_nodes} ask for {ranks}: add strategy=ddp or strategy=fsdp"
+            f"trainer.num_nodes={trainer.num_nodes} ask for {ranks}: add strategy=ddp, strategy=fsdp or strategy=hsdp"
         )
-    if strategy.name == "fsdp" and trainer.precision != "32-true":
-        faults.append(
-            f"trainer.precision={trainer.precision} under strategy=fsdp would make optimizer state lose precision: "
-            "use trainer.precision=32-true with strategy.param_dtype=bfloat16"
-        )
+    faults += _sharding_faults(config)
     if ranks > 0 and config.data.packs_per_step % ranks:
         faults.append(
             f"data.packs_per_step={config.data.packs_per_step} cannot be dealt to {ranks} ranks evenly: "
             "make it a multiple"
         )
     return faults
+
+
+def _sharding_faults(config: RunConfig) -> list[str]:
+    trainer, strategy = config.trainer, config.strategy
+    faults = []
+    if strategy.prefetch < 0:
+        faults.append(f"strategy.prefetch={strategy.prefetch} is a number of blocks, or 0 for the library's own choice")
+    if strategy.shard_size is not None and strategy.name != "hsdp":
+        faults.append(
+            f"strategy.shard_size={strategy.shard_size} has no effect with strategy={strategy.name}: add strategy=hsdp"
+        )
+    if strategy.name not in ("fsdp", "hsdp"):
+        return faults + _unused_switches(strategy)
+    if trainer.precision != "32-true":
+        faults.append(
+            f"trainer.precision={trainer.precision} under strategy={strategy.name} would make optimizer state lose "
+            "precision: use trainer.precision=32-true with strategy.param_dtype=bfloat16"
+        )
+    ranks = trainer.devices * trainer.num_nodes
+    shard_size = trainer.devices if strategy.shard_size is None else strategy.shard_size
+    if strategy.name == "hsdp" and (shard_size < 1 or ranks % shard_size):
+        faults.append(
+            f"strategy.shard_size={shard_size} cannot part {ranks} ranks (trainer.devices={trainer.devices} x "
+            f"trainer.num_nodes={trainer.num_nodes}) into equal groups: make it a divisor"
+        )
+    return faults
+
+
+def _unused_switches(strategy: StrategyConfig) -> list[str]:
+    """Switches that somebody gave to a strategy that keeps whole copies."""
+    given = {
+        "sync_every_micro_batch": strategy.sync_every_micro_batch,
+        "cpu_offload": strategy.cpu_offload,
+        "prefetch": max(strategy.prefetch, 0),
+    }
+    return [
+        f"strategy.{name}={str(value).lower()} needs sharded weights, but strategy={strategy.name}: add strategy=fsdp "
+        "or strategy=hsdp"
+        for name, value in given.items()
+        if value
+    ]
 
 
 def _data_faults(config: RunConfig) -> list[str]:
@@ -115,6 +154,25 @@ def _preference_faults(config: RunConfig) -> list[str]:
         faults.append(
             f"model.attention={config.model.attention} cannot let two answers share a prompt: use ivl_packed for this "
             "stage"
+        )
+    return faults
+
+
+def _launcher_faults(config: RunConfig) -> list[str]:
+    launcher, trainer = config.launcher, config.trainer
+    if launcher.name == "none":
+        return []
+    faults = []
+    if (launcher.nodes, launcher.tasks_per_node) != (trainer.num_nodes, trainer.devices):
+        faults.append(
+            f"launcher.nodes={launcher.nodes} and launcher.tasks_per_node={launcher.tasks_per_node}, but "
+            f"trainer.num_nodes={trainer.num_nodes} and trainer.devices={trainer.devices}: set trainer's, and leave "
+            "launcher's to follow"
+        )
+    if not 0 <= launcher.signal_seconds < 60 * launcher.time_minutes:
+        faults.append(
+            f"launcher.signal_seconds={launcher.signal_seconds} must lie within "
+            f"launcher.time_minutes={launcher.time_minutes}"
         )
     return faults
 

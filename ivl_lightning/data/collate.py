@@ -69,6 +69,13 @@ def pack_samples(
     )
 
 
+def documents_of(batch: PackedBatch) -> Tensor:
+    """Number of the document that each supervised row lies in, int64 `[n]`."""
+    # Boundaries lie on the CPU; their way to the device must not wait for what runs there.
+    ends = batch.cu_seqlens[1:].to(batch.loss_rows, non_blocking=True)
+    return torch.bucketize(batch.loss_rows, ends, right=True)
+
+
 def pad_prompts(
     prompts: Sequence[tuple[list[int], Tensor | None]],
     *,

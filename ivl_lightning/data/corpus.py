@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ivl_lightning.data.annotations import AnnotationFile, DatasetSpec, read_meta
 from ivl_lightning.data.encoding import EncoderFactory, RowEncoder
 from ivl_lightning.data.exclusion import read_exclusions, without_excluded
-from ivl_lightning.data.index import DatasetIndex, build_indexes
+from ivl_lightning.data.index import DatasetIndex, build_indexes, cached_indexes
 from ivl_lightning.data.json_spans import RowSpan
 from ivl_lightning.data.measuring import digest_text, measure_spans, row_digest
 from ivl_lightning.data.pair_plan import PairRows
@@ -182,6 +182,23 @@ def read_corpus(
     encoders = tuple(factory(spec) for spec in read_meta(meta))
     excluded = {} if exclude is None else read_exclusions(exclude)
     indexes = build_indexes(encoders, cache_dir=cache_dir, workers=workers, progress=progress, look_again=look_again)
+    return Corpus(encoders, tuple(without_excluded(index, excluded) for index in indexes))
+
+
+def cached_corpus(meta: str, factory: EncoderFactory, *, cache_dir: Path, exclude: str | None = None) -> Corpus | None:
+    """All datasets of a meta.json as the cache has them; None where one is not measured.
+
+    Args:
+        meta, factory, cache_dir, exclude: see `read_corpus`.
+
+    Raises:
+        ValueError: the meta file or the exclusion list is wrong.
+    """
+    encoders = tuple(factory(spec) for spec in read_meta(meta))
+    indexes = cached_indexes(encoders, cache_dir)
+    if indexes is None:
+        return None
+    excluded = {} if exclude is None else read_exclusions(exclude)
     return Corpus(encoders, tuple(without_excluded(index, excluded) for index in indexes))
 
 

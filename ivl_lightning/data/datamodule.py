@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import lightning as L
 import torch
@@ -28,7 +29,8 @@ from ivl_lightning.data.ledger import Ledger
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.ranks import check_agreement, gathered
-from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, whole_item
+from ivl_lightning.data.loader_signals import leave_signals_to_parent
+from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, Waiting, whole_item
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import stop_ids
 from ivl_lightning.models.tokenizer import filler_id
@@ -83,6 +85,9 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.val_corpus: Corpus | None = None
         self._stream: TrainingStream | None = None
         self._resume_from: dict[str, Any] | None = None
+        self._pass_over: int | None = None
+        self._stays = False
+        self._loaders: tuple[ref[PlannedLoader], ...] = ()
         self._loader_in_use: PlannedLoader | None = None
 
     # -- set-up ---------------------------------------------------------------------------------------------------
@@ -222,17 +227,34 @@ class DynamicPackingDataModule(L.LightningDataModule):
         Raises:
             ValueError: a checkpoint of mid-epoch does not fit to the data or settings of this run.
         """
-        resumed, self._resume_from = self._resume_from, None
-        if resumed is None:
-            self.stream.begin(self.trainer.current_epoch if self.trainer else 0)
-        else:
-            self.stream.resume(resumed)
+        self._take_position()
         count_in = self._cache_dir if self._rank == 0 else None
         packs = partial(self.stream.packs, self._rank, self._world_size, count_in=count_in)
         self.ledger.read_others()
         dataset = self._train_dataset(self.stream.view)
         self._loader_in_use = self._loader(dataset, StreamSampler(packs))
         return self._loader_in_use
+
+    def pass_over(self, steps: int) -> None:
+        """Begin so many steps behind the position, and stay there: for running a single step again.
+
+        Call it before the fit. The steps are planned and not read; they may lead into later epochs, whatever Lightning
+        counts.
+        """
+        self._pass_over = steps
+
+    def _take_position(self) -> None:
+        """Stand where the next loader begins."""
+        resumed, self._resume_from = self._resume_from, None
+        if self._stays:
+            return
+        if resumed is None:
+            self.stream.begin(self.trainer.current_epoch if self.trainer else 0)
+        else:
+            self.stream.resume(resumed)
+        if self._pass_over is not None:
+            self.stream.advance(self._pass_over)
+            self._stays = True
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Packs for the loss on a fixed plan without augmentation, and prompts for generated answers."""
@@ -271,9 +293,25 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return {"tile_size": self.config.tile_size, "filler_id": self.filler_id}
 
     def _loader(self, dataset: Any, sampler: FixedSampler | StreamSampler) -> PlannedLoader:
-        return PlannedLoader(
-            dataset, batch_size=None, sampler=sampler, num_workers=self.config.num_workers, collate_fn=whole_item
+        loader = PlannedLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.config.num_workers,
+            collate_fn=whole_item,
+            pin_memory=self._feeds_gpu,
+            # A loader draws a number when it begins; a resumed run would lack one from the common generator.
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_parent,
         )
+        self._loaders = (*(known for known in self._loaders if known() is not None), ref(loader))
+        return loader
+
+    def waiting_for(self) -> Waiting | None:
+        """What this rank's loaders are waited for, now; None while nobody waits. For other threads."""
+        loaders = (known() for known in self._loaders)
+        every = (None if loader is None else loader.waiting() for loader in loaders)
+        return next((waiting for waiting in every if waiting is not None), None)
 
     @property
     def waited(self) -> float:
@@ -387,6 +425,10 @@ class DynamicPackingDataModule(L.LightningDataModule):
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _feeds_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     @property
     def _world_size(self) -> int:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from ivl_lightning.constants import IGNORE_INDEX
 from ivl_lightning.data.augmentation import sample_rng
 from ivl_lightning.data.collate import pack_samples, pad_prompts
 from ivl_lightning.data.corpus import Corpus
 from ivl_lightning.data.ledger import reject
+from ivl_lightning.data.reading import Reading
+from ivl_lightning.data.sampler import NamedRows
 from ivl_lightning.data.turns import split_last_answer
 from ivl_lightning.structures import Encoded, PackedBatch, PlannedPack, PromptBatch, Record, Reject, RowError, RowKey
 
@@ -30,7 +32,39 @@ class Place:
     name: str
 
 
-class PlannedDataset(Dataset[Batch], Generic[Sample, Batch]):
+class CorpusDataset(NamedRows, Generic[Batch]):
+    """Reads rows of a corpus and says which, for whoever waits for them.
+
+    Args:
+        corpus: the rows.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.notes = Reading()
+
+    def rows_of(self, item: Any) -> Sequence[int]:
+        """Rows that an item of the sampler needs."""
+        raise NotImplementedError
+
+    def names(self, item: Any) -> tuple[str, ...]:
+        """Names of the rows that an item of the sampler needs."""
+        return tuple(self._name(row) for row in self.rows_of(item))
+
+    def reading(self) -> dict[str, float]:
+        """Name of each row that is being read now -> seconds since when."""
+        return {self._name(row): seconds for row, seconds in self.notes.rows().items()}
+
+    def _name(self, row: int) -> str:
+        return name_of(self.corpus.place(row)[1])
+
+
+def name_of(record: Record) -> str:
+    """A row's name for people: dataset, file and line."""
+    return f"{record.dataset} {record.file}:{record.line}"
+
+
+class PlannedDataset(CorpusDataset[Batch], Generic[Sample, Batch]):
     """Builds the micro-batch of a planned pack; subclasses say how a sample is encoded and how samples are laid out.
 
     Args:
@@ -44,7 +78,7 @@ class PlannedDataset(Dataset[Batch], Generic[Sample, Batch]):
     def __init__(
         self, corpus: Corpus, *, tile_size: int, filler_id: int, left_out: frozenset[RowKey] = frozenset()
     ) -> None:
-        self.corpus = corpus
+        super().__init__(corpus)
         self.tile_size = tile_size
         self.filler_id = filler_id
         self.left_out = left_out
@@ -62,13 +96,18 @@ class PlannedDataset(Dataset[Batch], Generic[Sample, Batch]):
             if (record.dataset, record.offset, record.digest) in self.left_out:
                 continue
             try:
-                record = self.corpus.locate(row)[1]
-                samples.append(self._encode(dataset, record, planned.epoch, sample, count))
+                with self.notes.note(row):
+                    record = self.corpus.locate(row)[1]
+                    samples.append(self._encode(dataset, record, planned.epoch, sample, count))
             except RowError as error:
                 rejects.append(reject(record, error, trained=True))
                 continue
-            places.append(Place(row, dataset, f"{record.dataset} {record.file}:{record.line}"))
+            places.append(Place(row, dataset, name_of(record)))
         return self._lay_out(samples, places, planned, tuple(rejects))
+
+    def rows_of(self, item: PlannedPack) -> Sequence[int]:
+        """Rows of a planned pack."""
+        return [sample % len(self.corpus) for sample in item.pack.samples]
 
     def _encode(self, dataset: int, record: Record, epoch: int, sample: int, frames: int) -> Sample:
         """One sample; a RowError leaves it out."""
@@ -137,7 +176,7 @@ class PromptGroup:
     counted: tuple[bool, ...]
 
 
-class PromptDataset(Dataset[PromptBatch]):
+class PromptDataset(CorpusDataset[PromptBatch]):
     """Builds the padded prompts of a group of rows, and their expected answers.
 
     Args:
@@ -147,22 +186,30 @@ class PromptDataset(Dataset[PromptBatch]):
     """
 
     def __init__(self, corpus: Corpus, *, pad_id: int, tile_size: int) -> None:
-        self.corpus = corpus
+        super().__init__(corpus)
         self.pad_id = pad_id
         self.tile_size = tile_size
 
     def __getitem__(self, group: PromptGroup) -> PromptBatch:
         """Raises RowError where a picture that was measured cannot be decoded: a score must not change unseen."""
-        located = [self.corpus.locate(row) for row in group.rows]
-        prompts = [self.corpus.encoders[dataset].encode_prompt(record) for dataset, record in located]
+        prompts, records = zip(*map(self._prompt, group.rows), strict=True)
         return pad_prompts(
             prompts,
-            expected=[split_last_answer(record.row)[1] for _, record in located],
-            records=[record for _, record in located],
+            expected=[split_last_answer(record.row)[1] for record in records],
+            records=records,
             counted=group.counted,
             pad_id=self.pad_id,
             tile_size=self.tile_size,
         )
+
+    def _prompt(self, row: int) -> tuple[tuple[list[int], Tensor | None], Record]:
+        with self.notes.note(row):
+            dataset, record = self.corpus.locate(row)
+            return self.corpus.encoders[dataset].encode_prompt(record), record
+
+    def rows_of(self, item: PromptGroup) -> Sequence[int]:
+        """Rows of a group."""
+        return item.rows
 
 
 def prompt_groups(rows: Sequence[int], *, size: int, rank: int, world_size: int) -> list[PromptGroup]:

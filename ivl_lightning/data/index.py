@@ -108,8 +108,19 @@ def build_indexes(
         return tuple(_index(encoder, path, measuring) for encoder, path in zip(encoders, paths, strict=True))
 
 
+def cached_indexes(encoders: Sequence[RowEncoder], cache_dir: Path) -> tuple[DatasetIndex, ...] | None:
+    """Index of each encoder's dataset as the cache has it; None where one is not whole: nothing is measured."""
+    found = [_read_if_whole(_path(cache_dir, encoder)) for encoder in encoders]
+    named = tuple(_named(encoder, one) for encoder, one in zip(encoders, found, strict=True) if one is not None)
+    return named if len(named) == len(encoders) else None
+
+
 def _index(encoder: RowEncoder, path: Path | None, measuring: _Measuring) -> DatasetIndex:
     measured = measuring.whole(encoder) if path is None else _cached(encoder, path, measuring)
+    return _named(encoder, measured)
+
+
+def _named(encoder: RowEncoder, measured: Measured) -> DatasetIndex:
     return DatasetIndex(encoder.spec.name, encoder.spec.annotation, measured.columns, measured.rejects)
 
 

@@ -141,6 +141,28 @@ class TrainingStream:
             check_datasets(mixture, self.corpus)
         self._set(mixture, cost, state["epoch"], state["plan"])
 
+    def advance(self, steps: int) -> None:
+        """Pass over steps, into later epochs too, and stand before a step that there is; no medium is opened.
+
+        Args:
+            steps: to pass over; 0 only leaves an epoch that has ended.
+
+        Raises:
+            ValueError: the run ends before.
+        """
+        assert steps >= 0, "the plan goes forward"
+        left = steps
+        while True:
+            plan, position = self._plan, self.position
+            for step in () if self._finished else plan.epoch(position.epoch, position.state):
+                if left == 0:
+                    return
+                left -= 1
+                position.state = step.state
+            if self.settings.epochs is not None and position.epoch + 1 >= self.settings.epochs:
+                raise ValueError(f"the run ends {left + 1} steps before this one, with epoch {position.epoch}")
+            self.begin(position.epoch + 1)
+
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of mid-epoch whose settings make another plan.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,8 @@ from rich import print as rich_print
 from ivl_lightning.checkpoints.run_folders import weights_folder
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import PrepareConfig, RunConfig
-from ivl_lightning.constants import DONE_NAME, WEIGHTS_FOLDER
+from ivl_lightning.constants import DONE_NAME, PREEMPTED_EXIT_CODE, WEIGHTS_FOLDER
+from ivl_lightning.launch.crew import Crew
 from ivl_lightning.launch.finished import (
     Finished,
     check_same,
@@ -34,19 +33,29 @@ class StageFailedError(RuntimeError):
         self.code = code
 
 
-def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
+class StageStoppedError(RuntimeError):
+    """A stage was asked to stop and has; no fault."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"stage {name} stopped on request after a checkpoint; the same command goes on")
+
+
+def run_chain(configs: Mapping[str, RunConfig], crew: Crew | None = None) -> list[Finished]:
     """Run the stages in order, each from the weights of the one before.
 
     Args:
         configs: stage name -> its configuration, all composed and checked beforehand.
+        crew: processes that run each stage; None: this one alone.
 
     Returns:
         What each stage's done.json says.
 
     Raises:
         ConfigError: a finished stage was trained with other settings.
-        StageFailedError: a stage's process failed.
+        StageFailedError: a stage's process failed, on whichever rank.
+        StageStoppedError: a stage stopped on request.
     """
+    crew = crew or Crew()
     results = []
     source: str | None = None
     for name, config in configs.items():
@@ -57,7 +66,7 @@ def run_chain(configs: Mapping[str, RunConfig]) -> list[Finished]:
         elif not (config.model.path or config.model.language_model_path or config.model.random_weights):
             raise ConfigError(f"stage {name} has no weights to start from: {HOW_TO_START}")
         _check_tower(config)
-        results.append(_run_or_skip(name, config))
+        results.append(_run_or_skip(name, config, crew))
         source = str(stage_folder(config, name) / WEIGHTS_FOLDER)
     return results
 
@@ -78,7 +87,7 @@ def stage_folder(config: RunConfig, name: str) -> Path:
     return Path(config.run_dir) / name
 
 
-def _run_or_skip(name: str, config: RunConfig) -> Finished:
+def _run_or_skip(name: str, config: RunConfig, crew: Crew) -> Finished:
     # Imported late: composing and checking a chain must not wait for torch.
     from ivl_lightning.launch.network import with_template
     from ivl_lightning.launch.run_stage import input_hash, read_config, write_config
@@ -97,7 +106,9 @@ def _run_or_skip(name: str, config: RunConfig) -> Finished:
         prepare(config.data.prepare, config.init_from or config.model.path)
     write_config(config, folder)
     rich_print(f"[bold]{name}[/bold] -> {folder}")
-    code = subprocess.run([sys.executable, "-m", "ivl_lightning.cli.stage", str(folder)], check=False).returncode
+    code = crew.run(folder)
+    if code == PREEMPTED_EXIT_CODE:
+        raise StageStoppedError(name)
     if code:
         raise StageFailedError(name, code)
     finished = read_finished(folder)

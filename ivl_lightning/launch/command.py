@@ -137,6 +137,20 @@ def job_folder(run_dir: str) -> str:
     return f"{run_dir}/{settings.job.num}" if settings.mode == RunMode.MULTIRUN else run_dir
 
 
+def job_arguments(run_dir: str) -> list[str]:
+    """This command's arguments for the ranks of a job that a launcher starts.
+
+    Args:
+        run_dir: of this command, or of this job of a multirun.
+    """
+    settings = HydraConfig.get()
+    own_folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
+    flags = [argument for path in own_folders for argument in ("--config-dir", path)]
+    # The launcher's settings stay: with them it may have set the trainer's.
+    last = [f"run_dir={literal(run_dir)}", "launcher.name=none"]
+    return [*flags, *settings.overrides.task, *_search_path(), *last]
+
+
 def _search_path() -> list[str]:
     """Config folders of the user's own, for the compositions of the single stages."""
     return [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath")]

@@ -57,19 +57,19 @@ def print_dry_run(configs: Mapping[str, RunConfig], console: Console | None = No
         console: where to; the terminal by default.
     """
     console = console or Console(highlight=False)
-    console.print(_grid(_header(next(iter(configs.values())))))
+    console.print(grid(_header(next(iter(configs.values())))))
     before, shown, faults = None, dict[str, str](), dict[Line, list[str]]()
     for place, (name, config) in enumerate(configs.items(), start=1):
         lines = list(outline(name, config, before, shown))
         console.print()
         console.print(Text.assemble((f"{place}  {name}", "bold"), f" trains {trained(config)}"))
-        console.print(_grid(lines))
+        console.print(grid(lines))
         for line in lines:
             if line.fault:
                 faults.setdefault(replace(line, label=line.fault), []).append(name)
         before = name
     console.print()
-    console.print(_grid([*_left_out(configs), *_closing(faults)]))
+    console.print(grid([*_left_out(configs), *_closing(faults)]))
 
 
 def _header(config: RunConfig) -> Iterator[Line]:
@@ -101,7 +101,8 @@ def _closing(faults: Mapping[Line, list[str]]) -> Iterator[Line]:
         yield replace(line, text=f"{line.text} [{', '.join(stages)}]")
 
 
-def _grid(lines: Iterable[Line]) -> Table:
+def grid(lines: Iterable[Line]) -> Table:
+    """Lines as they are printed."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(width=_LABEL_WIDTH, style="cyan")
     grid.add_column(overflow="fold")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ _VOLATILE: tuple[str, ...] = (
     "stage_data",
     "recipe",
     "logger",
+    "launcher",
     "callbacks",
     "strategy",
     "init_from",
     # What it holds counts: by the hash of the input weights.
     "scaling.donor",
     "dry_run",
+    "replay",
     # They follow from the stage's class and the function.
     "stage.rows",
     "data.prepare.needs_weights",
@@ -42,9 +44,13 @@ _VOLATILE: tuple[str, ...] = (
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
     "trainer.keep_checkpoints",
+    "trainer.async_checkpoints",
     "trainer.threads",
 )
 
+
+# Callbacks that change what is learned: averages take the place of the last weights.
+_DECIDING_CALLBACKS = ("callbacks.ema",)
 
 # Settings that a chain shares and only the one or the other kind of stage reads.
 _OF_PREFERENCE = ("preference", "data.batch_pairs", "data.augmentation_seed", "data.generation_meta")
@@ -66,6 +72,7 @@ class Finished:
         scores: last validation metrics.
         seconds: wall time.
         rejected: rows left out, by reason.
+        averaged: of what the written weights are an average; None for those of the last step.
     """
 
     stage: str
@@ -79,6 +86,7 @@ class Finished:
     scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     rejected: dict[str, int] = field(default_factory=dict)
+    averaged: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write done.json, whole or not at all."""
@@ -137,8 +145,13 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
     return {
         key: value
         for key, value in _dotted(plain)
-        if not any(key == volatile or key.startswith(f"{volatile}.") for volatile in (*_VOLATILE, *others))
+        if _within(key, _DECIDING_CALLBACKS) or not _within(key, (*_VOLATILE, *others))
     }
+
+
+def _within(key: str, groups: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these settings, or below one."""
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def _dotted(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

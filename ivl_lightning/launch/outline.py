@@ -45,7 +45,7 @@ def outline(name: str, config: RunConfig, before: str | None, shown: dict[str, s
     yield Line("each step", _step(config))
     yield Line("learning", _learning(config))
     yield Line("loss", _loss(config))
-    yield _devices(name, config)
+    yield devices_line(name, config)
     yield from _sources(name, config)
 
 
@@ -174,7 +174,8 @@ def _loss(config: RunConfig) -> str:
     return f"{' + '.join(parts)}, beta {config.preference.beta:g}"
 
 
-def _devices(name: str, config: RunConfig) -> Line:
+def devices_line(name: str, config: RunConfig) -> Line:
+    """Nodes, devices, strategy and accumulation of a stage."""
     trainer, packs = config.trainer, config.data.packs_per_step
     ranks = trainer.devices * trainer.num_nodes
     layout = f"{_some(trainer.num_nodes, 'node')} x {_some(trainer.devices, 'device')} ({config.strategy.name})"

@@ -24,6 +24,7 @@ GROUPS = frozenset(
         "lora",
         "callbacks",
         "logger",
+        "launcher",
         "recipe",
         "experiment",
     )

@@ -14,8 +14,8 @@ import torch
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import Callback
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback
 from rich import print as rich_print
 from transformers import PreTrainedTokenizerBase
 

@@ -13,9 +13,9 @@ from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ivl_lightning.checkpoints.complete import newest_complete
 from ivl_lightning.config.schema import RunConfig

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from ivl_lightning.autocast import in_autocast_dtype
+
 
 class _ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden_i @ head.T)[target_i]; backward makes each chunk's logits again.
@@ -70,9 +72,6 @@ def chunked_logps(hidden: Tensor, head: Tensor, targets: Tensor, chunk_rows: int
     """
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} must be at least 1")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        # Backward runs outside of autocast and must see the same logits.
-        dtype = torch.get_autocast_dtype(device)
-        hidden, head = hidden.to(dtype), head.to(dtype)
+    # Backward runs outside of autocast and must see the same logits.
+    hidden, head = in_autocast_dtype(hidden, head)
     return _ChunkedLogps.apply(hidden, head, targets, chunk_rows)

@@ -11,8 +11,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.functional import cross_entropy, linear, softmax
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
+from ivl_lightning.autocast import in_autocast_dtype
 from ivl_lightning.config.schema import Normaliser
 from ivl_lightning.reweighting import REDUCTIONS
 
@@ -22,37 +24,43 @@ NORMALISERS = get_args(Normaliser)
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """sum_i w_i * CE(hidden_i @ head.T, target_i), the gradient taken in forward while a chunk's logits exist.
 
-    Logits of only `chunk_rows` rows are alive at a time, in forward and in backward.
+    Logits of only `chunk_rows` rows are alive at a time, once: they become softmax and gradient in place.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(targets), chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = linear(hidden[rows], head).float()
-            losses[rows] = cross_entropy(logits, targets[rows], reduction="none")
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
+            place = (torch.arange(len(logits), device=logits.device), targets[rows])
+            picked = logits[place]
+            sums = logits.exp_().sum(dim=-1)
+            losses[rows] = sums.log() - picked
             if grad_hidden is None and grad_head is None:
                 continue
-            grad_logits = softmax(logits, dim=-1)
-            grad_logits[torch.arange(len(logits), device=logits.device), targets[rows]] -= 1.0
-            grad_logits = grad_logits.mul_(weights[rows, None]).to(hidden.dtype)
+            logits.mul_((weights[rows] / sums)[:, None])
+            logits[place] -= weights[rows]
+            grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ head
             if grad_head is not None:
-                grad_head += grad_logits.T @ hidden[rows]
+                # In place: the product by itself would take the head's memory once more.
+                grad_head.addmm_(grad_logits.T, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scaled = [None if grad is None else grad * grads[0].to(grad.dtype) for grad in (grad_hidden, grad_head)]
+        # In place. A second backward through the same graph is refused: torch sees that what was saved has changed.
+        scaled = [None if grad is None else grad.mul_(grads[0].to(grad.dtype)) for grad in ctx.saved_tensors]
         return scaled[0], scaled[1], None, None, None
 
 
@@ -94,6 +102,8 @@ class NextTokenLoss(nn.Module):
         Returns:
             S, a float32 scalar, and the unweighted cross entropies `[n]`, without gradient.
         """
+        # Backward runs outside of autocast and must see the same logits.
+        hidden, head = in_autocast_dtype(hidden, head)
         return _ChunkedCrossEntropy.apply(hidden, head, targets, weights, self.chunk_rows)
 
     def normalise(self, weighted_sum: Tensor, weights: Tensor, step_weight: float, packs_per_step: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Registered with transformers as `ivl_packed`. On CUDA one variable-length kernel call (torch's own, or flash-attn where
 torch has none); elsewhere one scaled-dot-product call per document, which costs the sum of squared document lengths
-where a dense block mask would cost the square of the whole pack.
+where a dense block mask would cost the square of the whole pack. `ivl_packed_torch`, `ivl_packed_flash` and
+`ivl_packed_sdpa` choose one of the three, to compare them.
 
 Queries and keys are cut into segments. Where documents stand alone both are cut alike. Where answers share a prompt,
 the keys of an answer are the prompt's and its own, gathered; the causal diagonal then ends at the bottom right, as the
@@ -23,8 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-PACKED_ATTENTION = "ivl_packed"
+from ivl_lightning.autocast import in_autocast_dtype
 
+PACKED_ATTENTION = "ivl_packed"
+KERNELS = {"torch": "ivl_packed_torch", "flash": "ivl_packed_flash", "sdpa": "ivl_packed_sdpa"}
+"""Ways to compute it -> the name that asks for one of them."""
+
+_HALF = (torch.bfloat16, torch.float16)
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, "Segments", float, int | None], Tensor]
 
 
@@ -52,12 +58,14 @@ def boundaries(cu_seqlens: Tensor, device: torch.device) -> dict[str, Tensor | i
         device: where the kernel runs.
     """
     longest = int(cu_seqlens.diff().max())
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    on_device = cu_seqlens.to(device, non_blocking=True)
     return {
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
+        "cu_seq_lens_q": on_device,
+        "cu_seq_lens_k": on_device,
         "max_length_q": longest,
         "max_length_k": longest,
+        "cu_queries": cu_seqlens,
+        "cu_keys": cu_seqlens,
     }
 
 
@@ -77,6 +85,8 @@ def shared_prefix_boundaries(
         "cu_seq_lens_k": cu_keys.to(device, non_blocking=True),
         "max_length_q": int(cu_queries.diff().max()),
         "max_length_k": int(cu_keys.diff().max()),
+        "cu_queries": cu_queries,
+        "cu_keys": cu_keys,
         "key_rows": key_rows.to(device, non_blocking=True),
     }
 
@@ -96,6 +106,9 @@ def packed_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     key_rows: Tensor | None = None,
+    cu_queries: Tensor | None = None,
+    cu_keys: Tensor | None = None,
+    kernel: str | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment of a pack.
@@ -114,6 +127,9 @@ def packed_attention(
         max_length_q: queries of the longest segment.
         max_length_k: keys of the longest segment; as `max_length_q` where None.
         key_rows: int64, the rows of key and value that the segments' keys stand for; None for all, in order.
+        cu_queries: as `cu_seq_lens_q`, on the CPU, where reading it does not wait for a device.
+        cu_keys: as `cu_seq_lens_k`, on the CPU.
+        kernel: one of `KERNELS`; None takes the best there is.
 
     Returns:
         `[1, L, H, D]` and None for the attention weights.
@@ -130,22 +146,33 @@ def packed_attention(
     if dropout:
         raise ValueError(f"packed attention has no dropout, but the model asks for {dropout}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Behind the rotation queries and keys are float32 under autocast, and values are not.
+    query, key, value = in_autocast_dtype(query, key, value)
     if key_rows is not None:
         key, value = key.index_select(2, key_rows), value.index_select(2, key_rows)
-    cu_keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-    most_keys = max_length_q if max_length_k is None else max_length_k
-    segments = Segments(cu_seq_lens_q.to(query.device), cu_keys.to(query.device), max_length_q, most_keys)
+    cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
     # The kernels know half precision only; float32 on a device takes the exact path.
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return varlen_kernel()(q, k, v, segments, scaling, sliding_window).unsqueeze(0), None
-    return _per_segment(query, key, value, segments, scaling, sliding_window), None
+    if kernel != "sdpa" and query.is_cuda and query.dtype in _HALF:
+        most_keys = max_length_q if max_length_k is None else max_length_k
+        segments = Segments(cu_seq_lens_q, cu_seq_lens_k, max_length_q, most_keys)
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        run = varlen_kernel(kernel) if kernel == "flash" or _OF_TORCH is None else _OF_TORCH
+        return run(q, k, v, segments, scaling, sliding_window).unsqueeze(0), None
+    cu_queries = cu_seq_lens_q if cu_queries is None else cu_queries
+    cu_keys = cu_seq_lens_k if cu_keys is None else cu_keys
+    return _uncompiled(query, key, value, cu_queries, cu_keys, scaling, sliding_window), None
 
 
 def _per_segment(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    scaling: float,
+    window: int | None,
 ) -> Tensor:
-    num_queries, num_keys = segments.cu_queries.diff().tolist(), segments.cu_keys.diff().tolist()
+    num_queries, num_keys = cu_queries.diff().tolist(), cu_keys.diff().tolist()
     parts = zip(query.split(num_queries, 2), key.split(num_keys, 2), value.split(num_keys, 2), strict=True)
     attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
     outputs = [
@@ -157,6 +184,10 @@ def _per_segment(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+# A compiled block would be compiled anew for each number of segments.
+_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_per_segment)
+
+
 def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """The last query sees all keys, but for the window; `[queries, keys]`."""
     place = torch.arange(keys - queries, keys, device=device)
@@ -165,21 +196,30 @@ def _causal_mask(queries: int, keys: int, window: int | None, device: torch.devi
 
 
 @cache
-def varlen_kernel() -> VarlenKernel:
-    """The variable-length kernel of this machine, its signature looked at once.
+def varlen_kernel(name: str | None = None) -> VarlenKernel:
+    """A variable-length kernel of this machine.
+
+    Args:
+        name: `torch` or `flash`; None takes the first of them that is there.
 
     Raises:
-        RuntimeError: neither torch nor flash-attn offers one.
+        RuntimeError: it is not there.
     """
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        return _torch_kernel(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
-    if importlib.util.find_spec("flash_attn") is not None:
+    if name != "flash" and _OF_TORCH is not None:
+        return _OF_TORCH
+    if name != "torch" and _is_there("flash_attn"):
         return partial(_flash_attn, importlib.import_module("flash_attn").flash_attn_varlen_func)
-    raise RuntimeError("no packed attention kernel for CUDA: install torch>=2.11, or flash-attn (extra `flash`)")
+    wanted = {"torch": "torch>=2.11", "flash": "flash-attn (extra `flash`)"}
+    missing = " or ".join(text for key, text in wanted.items() if name in (None, key))
+    raise RuntimeError(f"no packed attention kernel for CUDA: install {missing}")
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _torch_kernel(varlen_attn: Callable[..., Tensor]) -> VarlenKernel:
-    accepted = inspect.signature(varlen_attn).parameters
+    accepted = frozenset(inspect.signature(varlen_attn).parameters)
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
@@ -218,4 +258,13 @@ def _flash_attn(
     return function(query, key, value, *segments, softmax_scale=scaling, causal=True, window_size=size)
 
 
+# Found at import: a compiled block cannot look for it while it is traced.
+_OF_TORCH = (
+    _torch_kernel(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
+    if _is_there("torch.nn.attention.varlen")
+    else None
+)
+
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+for _kernel, _name in KERNELS.items():
+    AttentionInterface.register(_name, partial(packed_attention, kernel=_kernel))

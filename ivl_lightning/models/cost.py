@@ -42,9 +42,7 @@ def forward_cost(config: InternVLConfig) -> tuple[float, float, float]:
         config: shapes of the network.
     """
     text = config.text_config
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention_width = head_size * text.num_attention_heads
-    key_value_width = head_size * text.num_key_value_heads
+    attention_width, key_value_width = attention_widths(config)
     attention = 2 * text.hidden_size * attention_width + 2 * text.hidden_size * key_value_width
     feed_forward = 3 * text.hidden_size * text.intermediate_size
     weights = text.num_hidden_layers * (attention + feed_forward)
@@ -53,8 +51,36 @@ def forward_cost(config: InternVLConfig) -> tuple[float, float, float]:
 
 def _tile_cost(config: InternVLConfig) -> float:
     vision = config.vision_config
-    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
-    positions = (height // patch_height) * (width // patch_width) + 1
+    positions = tile_positions(config)
     layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     per_layer = 2 * layer * positions + 4 * vision.hidden_size * positions**2
     return float(vision.num_hidden_layers * per_layer)
+
+
+def projector_cost(config: InternVLConfig) -> float:
+    """Floating-point operations of the projector's forward pass per tile: two linear layers on each of its tokens."""
+    width, folded = config.text_config.hidden_size, projector_width(config)
+    return 2.0 * config.image_seq_length * (folded * width + width * width)
+
+
+def projector_width(config: InternVLConfig) -> int:
+    """Channels that the projector takes: those of the patches that become one token."""
+    return int(config.vision_config.hidden_size * int(1 / config.downsample_ratio) ** 2)
+
+
+def head_cost(config: InternVLConfig) -> float:
+    """Floating-point operations of the output head's forward pass per supervised token."""
+    return 2.0 * config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def tile_positions(config: InternVLConfig) -> int:
+    """Positions of a tile in the vision tower: its patches and the class token."""
+    (height, width), (patch_height, patch_width) = config.vision_config.image_size, config.vision_config.patch_size
+    return int((height // patch_height) * (width // patch_width) + 1)
+
+
+def attention_widths(config: InternVLConfig) -> tuple[int, int]:
+    """Channels of the queries of a layer of the language model, and of its keys."""
+    text = config.text_config
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return head_size * text.num_attention_heads, head_size * text.num_key_value_heads

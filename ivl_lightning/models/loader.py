@@ -38,12 +38,10 @@ do not fit."""
 class NetworkLoader:
     """Builds a network, and fills it.
 
-    Attributes:
-        resumed: a checkpoint will take the place of all weights, so what others bring need not be read.
+    Both on the CPU, where a seed gives the same numbers under any strategy: Lightning lets some begin on the GPU.
     """
 
     def __init__(self) -> None:
-        self.resumed = False
         self._bringers: list[Bringer] = []
         self._brought: list[TensorSource] = []
 
@@ -65,19 +63,25 @@ class NetworkLoader:
         """The network. Its weights may be on the meta device until `fill`.
 
         Raises:
-            ValueError: it cannot be built, or what is brought does not fit it.
+            ValueError: it cannot be built, or what is read or brought does not fit it.
         """
-        model = self._build()
-        self._brought = [] if self.resumed else [bring(model.config) for bring in self._bringers]
+        with torch.device("cpu"):
+            model = self._build()
+            self._brought = [bring(model.config) for bring in self._bringers]
+            self._check(model)
         return model
 
     def fill(self, model: InternVLForConditionalGeneration) -> None:
-        """Read the weights, brought ones too, into a network that was built here and may have been sharded since.
+        """Read the weights, brought ones too, into a network that was built here.
+
+        Args:
+            model: may have been sharded since, or have got adapters.
 
         Raises:
-            ValueError: weights that are missing, damaged, or do not fit.
+            ValueError: weights that are damaged.
         """
-        write(model, Combined(self._brought))
+        with torch.device("cpu"):
+            write(model, self._sources())
 
     def not_as_brought(self, model: InternVLForConditionalGeneration) -> list[str]:
         """Names of brought tensors that are not, bit for bit, those of the filled network."""
@@ -85,6 +89,13 @@ class NetworkLoader:
 
     def _build(self) -> InternVLForConditionalGeneration:
         raise NotImplementedError
+
+    def _check(self, model: InternVLForConditionalGeneration) -> None:
+        """What is going to be read must fit; as long as all names are those of the plain network."""
+
+    def _sources(self) -> TensorSource:
+        """What `fill` reads."""
+        return Combined(self._brought)
 
 
 class ReadyNetwork(NetworkLoader):
@@ -179,14 +190,12 @@ class ConfiguredNetwork(NetworkLoader):
         text.vocab_size = rows
         return replace(checkpoint, tensors=GrownVocabulary(checkpoint.tensors, rows, std=std, seed=self._seed))
 
-    def fill(self, model: InternVLForConditionalGeneration) -> None:
-        """See `NetworkLoader`."""
-        if self._own is None:
-            super().fill(model)
-            return
-        everything = Combined([self._own, *self._brought])
-        check_fits(model, everything, self._described_by)
-        write(model, everything)
+    def _check(self, model: InternVLForConditionalGeneration) -> None:
+        if self._own is not None:
+            check_fits(model, self._sources(), self._described_by)
+
+    def _sources(self) -> TensorSource:
+        return Combined([*([] if self._own is None else [self._own]), *self._brought])
 
 
 def _check_memory(model: nn.Module) -> None:

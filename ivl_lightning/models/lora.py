@@ -64,7 +64,8 @@ def add_lora(internvl: InternVLForConditionalGeneration, settings: LoraSettings,
     the network computes what it did before.
 
     Args:
-        internvl: changed in place; it stays an `InternVLForConditionalGeneration`.
+        internvl: changed in place; it stays an `InternVLForConditionalGeneration`. Its weights may be on the meta
+            device; the adapters have their values all the same.
         settings: with one part at least.
         seed: of the first values of A, the same on every rank.
 
@@ -80,7 +81,8 @@ def add_lora(internvl: InternVLForConditionalGeneration, settings: LoraSettings,
         target_modules="|".join(_pattern(internvl, part, settings) for part in sorted(set(settings.parts))),
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
+    # On the CPU, so that a seed gives the same numbers wherever the network lies.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _stand_ins(internvl):
         torch.manual_seed(seed)
         _peft().inject_adapter_in_model(config, internvl, ADAPTER)
     for parameter in training:
@@ -89,6 +91,24 @@ def add_lora(internvl: InternVLForConditionalGeneration, settings: LoraSettings,
     for layer in _layers(internvl):
         layer.lora_A.float()
         layer.lora_B.float()
+
+
+@contextmanager
+def _stand_ins(internvl: InternVLForConditionalGeneration) -> Iterator[None]:
+    """Linear weights on the meta device as weights on the CPU, of one number each, repeated.
+
+    The library puts an adapter where its layer's weight is, and on the meta device it would lose its values.
+    """
+    linear = [module for module in internvl.modules() if isinstance(module, nn.Linear) and module.weight.is_meta]
+    weights = [module.weight for module in linear]
+    for module, weight in zip(linear, weights, strict=True):
+        stand_in = torch.empty(1, dtype=weight.dtype, device="cpu").expand(weight.shape)
+        module.weight = nn.Parameter(stand_in, requires_grad=weight.requires_grad)
+    try:
+        yield
+    finally:
+        for module, weight in zip(linear, weights, strict=True):
+            module.weight = weight
 
 
 def adapter_config(internvl: InternVLForConditionalGeneration) -> LoraConfig:
@@ -134,11 +154,25 @@ def _alpha(settings: LoraSettings) -> int:
 
 def _pattern(internvl: InternVLForConditionalGeneration, part: AdaptedPart, settings: LoraSettings) -> str:
     """Regular expression of the names of the layers of a part that get adapters."""
-    blocks = vision_layers(vision_tower(internvl)) if part == "vision" else language_layers(internvl)
+    blocks = _blocks(internvl, part)
     place = next(name for name, module in internvl.named_modules() if module is blocks)
-    kind = "vision" if part == "vision" else text_config(internvl.config).model_type
-    layers = _chosen(linear_layers(blocks), settings.targets.get(part) or OFFICIAL_TARGETS.get(kind), part)
+    layers = adapted_layers(internvl, part, settings)
     return rf"{re.escape(place)}\.\d+\.({'|'.join(re.escape(layer) for layer in layers)})"
+
+
+def adapted_layers(internvl: InternVLForConditionalGeneration, part: AdaptedPart, settings: LoraSettings) -> list[str]:
+    """Names inside a block of the linear layers of a part that get adapters.
+
+    Raises:
+        ValueError: a target that no layer has, with the nearest names.
+    """
+    kind = "vision" if part == "vision" else text_config(internvl.config).model_type
+    layers = linear_layers(_blocks(internvl, part))
+    return _chosen(layers, settings.targets.get(part) or OFFICIAL_TARGETS.get(kind), part)
+
+
+def _blocks(internvl: InternVLForConditionalGeneration, part: AdaptedPart) -> nn.ModuleList:
+    return vision_layers(vision_tower(internvl)) if part == "vision" else language_layers(internvl)
 
 
 def linear_layers(blocks: nn.ModuleList) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ivl_lightning.checkpoints.source import TensorSource
+from ivl_lightning.checkpoints.source import TensorSource, read_rows
 
 POSITIONS = "model.vision_tower.embeddings.position_embeddings"
 
@@ -55,6 +55,10 @@ class ResizedPositions:
         """See `TensorSource`."""
         tensor = self._source.read(name)
         return resize_positions(tensor, self._side) if name == POSITIONS else tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `RowSource`."""
+        return self.read(name)[start:stop] if name == POSITIONS else read_rows(self._source, name, start, stop)
 
     def where(self, name: str) -> str:
         """See `TensorSource`."""

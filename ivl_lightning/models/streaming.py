@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from ivl_lightning.checkpoints.source import CheckpointError, TensorSource
+from ivl_lightning.checkpoints.source import CheckpointError, TensorSource, read_rows
 from ivl_lightning.checkpoints.views import check_complete
 from ivl_lightning.models.projector import choose_projector
 
@@ -90,24 +90,29 @@ def write(model: nn.Module, source: TensorSource, *, device_of: Callable[[str], 
     """
     for name in source.names():
         old = parameter_of(model, name)
-        value = source.read(name)
         # A copy would stretch a smaller tensor.
-        assert value.shape == old.shape, (name, value.shape, old.shape)
+        assert source.meta(name).shape == old.shape, (name, source.meta(name).shape, old.shape)
+        value = _share(source, name, old)
         if not old.is_meta:
-            _own(old).copy_(_share(value, old))
+            _own(old).copy_(value)
             continue
         # Always a copy: what was read may lie in the file itself.
         new = value.to(device_of(name), old.dtype, copy=True)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        owner, leaf = _owner_of(model, name)
+        setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether parameters are still on the meta device; sharded or not."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def materialise(root: nn.Module, device: torch.device) -> None:
-    """Give sharded parameters on the meta device memory for their shares, without values; all else stays as it is.
+    """Give parameters on the meta device memory without values, sharded ones for their shares; all else stays as it is.
 
     Args:
-        root: the module that FSDP shards: it must notice that its parameters are others.
-        device: of the shares.
+        root: what FSDP shards, if anything does: it must notice that its parameters are others.
+        device: of the parameters.
     """
     root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
@@ -120,22 +125,25 @@ def different(model: nn.Module, source: TensorSource) -> list[str]:
         model: filled; may be sharded, or have adapters.
         source: with native names; values are compared in the model's type.
     """
-    return [name for name in source.names() if not _same(parameter_of(model, name), source.read(name))]
+    own = ((name, parameter_of(model, name)) for name in source.names())
+    return [name for name, parameter in own if not _same(_own(parameter), _share(source, name, parameter))]
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of a native name, also where adapters have wrapped its layer."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    base = getattr(module, "base_layer", module)
-    parameter = getattr(base, leaf)
+    parameter = getattr(*_owner_of(model, name))
     assert isinstance(parameter, nn.Parameter), name
     return parameter
 
 
-def _same(parameter: nn.Parameter, value: Tensor) -> bool:
-    own = _own(parameter)
-    wanted = _share(value, parameter).to(own.device, own.dtype)
+def _owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return getattr(module, "base_layer", module), leaf
+
+
+def _same(own: Tensor, value: Tensor) -> bool:
+    wanted = value.to(own.device, own.dtype)
     return own.shape == wanted.shape and torch.equal(_bits(own), _bits(wanted))
 
 
@@ -149,18 +157,20 @@ def _own(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _share(value: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a whole tensor that this rank holds of a parameter, not copied: of a file nothing else is read.
+def _share(source: TensorSource, name: str, parameter: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds of a parameter; nothing else is read.
 
     Every rank has the whole at hand, so nothing is sent; and where shares lie on a GPU, no whole tensor gets there.
     """
     if not isinstance(parameter, DTensor):
-        return value
-    (placement,) = parameter.placements
-    assert isinstance(placement, Shard), placement
-    ranks, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
+        return source.read(name)
+    # Of a mesh of copies and shards each copy is cut in the same way.
+    (dimension,) = [number for number, placement in enumerate(parameter.placements) if placement.is_shard()]
+    placement, mesh = parameter.placements[dimension], parameter.device_mesh
+    assert placement == Shard(0), placement
+    ranks, rank = mesh.size(dimension), mesh.get_local_rank(dimension)
     # As `torch.chunk` has it, and FSDP2: equal blocks of rows, of which the last one is short, and others may be empty.
-    rows = value.shape[placement.dim]
+    rows = parameter.shape[0]
     block = -(-rows // ranks)
     first = min(rank * block, rows)
-    return value.narrow(placement.dim, first, min(block, rows - first))
+    return read_rows(source, name, first, min(first + block, rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ivl_lightning.checkpoints.source import TensorSource
+from ivl_lightning.checkpoints.source import TensorSource, read_rows
 from ivl_lightning.models.checkpoint import EMBEDDINGS, HEAD
 
 
@@ -42,6 +42,12 @@ class GrownVocabulary:
             return old
         missing = self._rows - len(old)
         return torch.cat([old, self._random(old, missing) if name == EMBEDDINGS else _means(old, missing)])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `RowSource`; new rows follow from all of the old ones."""
+        if name in (EMBEDDINGS, HEAD) and stop > self._source.meta(name).shape[0]:
+            return self.read(name)[start:stop]
+        return read_rows(self._source, name, start, stop)
 
     def where(self, name: str) -> str:
         """See `TensorSource`."""

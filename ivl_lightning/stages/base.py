@@ -25,12 +25,14 @@ from ivl_lightning.metrics.exact_match import ExactMatch
 from ivl_lightning.models.build import enable_activation_checkpointing
 from ivl_lightning.models.drop_path import apply_drop_path
 from ivl_lightning.models.freeze import frozen_modules, model_parts, part_sizes, set_trainable
+from ivl_lightning.models.last_layer import select_in_last_layer
 from ivl_lightning.models.loader import NetworkLoader, ReadyNetwork
 from ivl_lightning.models.lora import add_lora, freeze_adapted, lora_scale
 from ivl_lightning.models.parts import vision_layers, vision_tower
 from ivl_lightning.models.quantize import four_bit_names, quantize_language_model, unquantized
-from ivl_lightning.models.shard import reshard, shard_model
-from ivl_lightning.models.streaming import materialise
+from ivl_lightning.models.shard import compile_blocks, reshard, shard_model
+from ivl_lightning.models.streaming import is_empty, materialise
+from ivl_lightning.optim.adamw import AdamW
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
 from ivl_lightning.stages.frozen_base import FrozenBase
@@ -60,6 +62,14 @@ class Stage(L.LightningModule):
         sharding: dtype and resharding under FSDP.
         lora: adapters that train in place of a part's weights.
         seed: of the adapters' first values, and of dropout and drop path.
+
+    Attributes:
+        resumed: for whoever will give the trainer a checkpoint of this stage: weights that it holds are not read
+            before. False by default.
+        awaits_checkpoint: the network's weights are still those that lay in memory by chance.
+        averaged: what the weights are an average of, for people, if a callback has put one in their place.
+        sample_losses: `[D]`, of each sample of the last training micro-batch, without gradient: the mean loss of its
+            labels, or of a pair the weighted sum of its terms. For callbacks.
 
     Raises:
         ValueError: `trainable` leaves out a part with adapters; or a ready network that is to be quantized.
@@ -98,6 +108,8 @@ class Stage(L.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.generation_tokens = generation_tokens
         self.sharding = sharding or StrategyConfig()
+        self.resumed = self.awaits_checkpoint = False
+        self.averaged: str | None = None
         self.root: InternVLRoot | None = None
         self._frozen_base: FrozenBase | None = None
         self.val_loss = MeanMetric()
@@ -107,6 +119,7 @@ class Stage(L.LightningModule):
         self._step_sums: Tensor | None = None
         self._broken = 0
         self._trained: PackedBatch | PreferenceBatch | None = None
+        self.sample_losses: Tensor | None = None
 
     @property
     def reduction(self) -> str:
@@ -130,9 +143,7 @@ class Stage(L.LightningModule):
         """Build, freeze, wrap and shard; called by Lightning once devices are known, or by hand without a trainer."""
         if self.root is not None:
             return
-        model = self.loader.build()
-        if self._needs_weights_early:
-            self.loader.fill(model)
+        model = self._build()
         apply_drop_path(vision_tower(model), self.drop_path_rate)
         set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
         self._adapt(model)
@@ -142,20 +153,41 @@ class Stage(L.LightningModule):
         if self._frozen_base is not None:
             self._frozen_base.attach(self, "root.internvl")
         self._shard(self.root)
-        if not self._needs_weights_early:
-            self._fill(self.root)
+        if is_empty(model):
+            self._fill(self.root, read=not self._checkpoint_has_all)
+        if self._frozen_base is not None and self.lora.quantize is None:
+            self._frozen_base.take(model)
         self.train()
 
-    @property
-    def _needs_weights_early(self) -> bool:
-        """Whether building goes on from the weights: adapters are made beside them."""
-        return bool(self.lora.parts)
+    def _build(self) -> InternVLForConditionalGeneration:
+        """The network; on the meta device if it is read from somewhere, and not quantized before it is sharded."""
+        model = self.loader.build()
+        select_in_last_layer(model)
+        if not is_empty(model) or self.lora.quantize is not None:
+            self.loader.fill(model)
+        return model
 
-    def _fill(self, root: InternVLRoot) -> None:
-        """Read the weights; of a sharded network each rank its own shares."""
+    @property
+    def _checkpoint_has_all(self) -> bool:
+        """Whether the weights of this stage's network will come from a checkpoint, to the last one."""
+        return self.resumed and not self.lora.parts
+
+    @property
+    def reads_origins(self) -> bool:
+        """Whether where the network is from is read; a stage that goes on from a checkpoint may have all it needs."""
+        return not self._checkpoint_has_all
+
+    def _fill(self, root: InternVLRoot, *, read: bool = True) -> None:
+        """Give a network on the meta device memory, and its weights; of a sharded one each rank its own shares."""
+        attached = self._trainer is not None
         if self.device_mesh is not None:
-            materialise(root, self.trainer.strategy.root_device if self._trainer is not None else self.device)
-        self.loader.fill(root.internvl)
+            offloaded = self.sharding.cpu_offload or not attached
+            materialise(root, self.device if offloaded else self.trainer.strategy.root_device)
+        if read:
+            self.loader.fill(root.internvl)
+        else:
+            self.awaits_checkpoint = True
+            materialise(root, torch.device("cpu"))
 
     def _whole_network(self) -> InternVLForConditionalGeneration:
         """The network the stage began with, once more, not sharded."""
@@ -168,9 +200,10 @@ class Stage(L.LightningModule):
         if not self.lora.parts:
             return
         freeze_adapted(model, self.lora)
-        frozen = ((name, value) for name, value in model.named_parameters() if not value.requires_grad)
-        self._frozen_base = FrozenBase(frozen)
-        self._quantize(model)
+        self._frozen_base = FrozenBase(name for name, value in model.named_parameters() if not value.requires_grad)
+        if self.lora.quantize is not None:
+            self._frozen_base.take(model)
+            self._quantize(model)
         add_lora(model, self.lora, seed=self.seed)
 
     def _quantize(self, model: InternVLForConditionalGeneration) -> None:
@@ -200,16 +233,20 @@ class Stage(L.LightningModule):
         raise NotImplementedError
 
     def _shard(self, root: InternVLRoot) -> None:
-        """Shard a root under FSDP; else nothing."""
-        mesh = self.device_mesh
+        """Compile a root's blocks, if wanted, and shard it under FSDP."""
+        settings, mesh = self.sharding, self.device_mesh
+        if settings.compile_blocks:
+            compile_blocks(root.internvl)
         if mesh is None:
             return
         shard_model(
             root,
             root.internvl,
-            mesh["data_parallel"],
-            param_dtype=getattr(torch, self.sharding.param_dtype),
-            reshard_after_forward=self.sharding.reshard_after_forward,
+            mesh,
+            param_dtype=getattr(torch, settings.param_dtype),
+            reshard_after_forward=settings.reshard_after_forward,
+            cpu_offload=settings.cpu_offload,
+            prefetch=settings.prefetch,
         )
         register_fsdp_forward_method(root, "generate")
 
@@ -246,7 +283,16 @@ class Stage(L.LightningModule):
     # -- training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Lightning leaves the modes as they were; a resumed or reused module may be in eval mode."""
+        """Lightning leaves the modes as they were; a resumed or reused module may be in eval mode.
+
+        Raises:
+            ValueError: the checkpoint that was to bring the weights was not loaded.
+        """
+        if self.awaits_checkpoint:
+            raise ValueError(
+                "the stage was told that it is resumed, so its weights were not read, but no checkpoint was loaded: "
+                "give ckpt_path, or leave stage.resumed as it is"
+            )
         self.train()
         self._align_batch_count()
 
@@ -268,11 +314,16 @@ class Stage(L.LightningModule):
             counter.completed = finished * micro_steps - uncounted
 
     def on_train_batch_start(self, batch: PackedBatch | PreferenceBatch, batch_idx: int) -> None:
-        """Random numbers follow from the rows; under FSDP gradients travel only with a step's last micro-batch."""
+        """Random numbers follow from the rows; gradients travel between copies with a step's last micro-batch alone.
+
+        So they do between shards of a copy, unless `sync_every_micro_batch` saves their memory. DDP does it by itself.
+        """
         planned = batch.planned
         torch.manual_seed(_seed_of(self.seed, planned))
         if isinstance(self.root, FSDPModule):
-            self.root.set_requires_gradient_sync(planned.micro_step + 1 == planned.num_micro_steps)
+            last = planned.micro_step + 1 == planned.num_micro_steps
+            self.root.set_requires_gradient_sync(last or self.sharding.sync_every_micro_batch)
+            self.root.set_requires_all_reduce(last)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say of which network it is; with adapters, beside which frozen weights they were trained."""
@@ -286,6 +337,7 @@ class Stage(L.LightningModule):
         Raises:
             ValueError: the frozen weights at hand are others.
         """
+        self.awaits_checkpoint = False
         FrozenBase.check(checkpoint, self._frozen_base)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -340,7 +392,7 @@ class Stage(L.LightningModule):
             vision_layers=len(vision_layers(vision_tower(self.internvl))),
             vision_layer_decay=optim.vision_layer_decay,
         )
-        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        optimizer = AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
         max_steps = self.trainer.max_steps
         schedule = WarmupSchedule(
             shape=optim.schedule,
@@ -378,13 +430,15 @@ class Stage(L.LightningModule):
     def _answer(self, batch: PromptBatch) -> list[Answer]:
         assert self.root is not None
         datamodule = datamodule_of(self.trainer)
-        tokens = self.root.generate(
-            batch,
-            max_new_tokens=self.generation_tokens,
-            pad_token_id=datamodule.filler_id,
-            eos_token_id=datamodule.stop_ids,
-            synced_gpus=isinstance(self.root, FSDPModule),
-        )
+        # Compiled blocks would be compiled anew for the cache, whose length changes with each token.
+        with torch.compiler.set_stance("force_eager" if self.sharding.compile_blocks else "default"):
+            tokens = self.root.generate(
+                batch,
+                max_new_tokens=self.generation_tokens,
+                pad_token_id=datamodule.filler_id,
+                eos_token_id=datamodule.stop_ids,
+                synced_gpus=isinstance(self.root, FSDPModule),
+            )
         return decode_answers(tokens, batch, datamodule.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
@@ -402,6 +456,17 @@ class Stage(L.LightningModule):
         """Leave nothing gathered: whoever reads parameters next shall find the shares, in the type they are kept in."""
         if self.root is not None:
             reshard(self.root)
+
+
+def stage_of(pl_module: L.LightningModule) -> Stage:
+    """The trainer's stage.
+
+    Raises:
+        ValueError: the trainer trains something else.
+    """
+    if not isinstance(pl_module, Stage):
+        raise ValueError(f"this callback needs one of this project's stages, got {type(pl_module).__name__}")
+    return pl_module
 
 
 def _chosen(own: float | None, common: float) -> float:

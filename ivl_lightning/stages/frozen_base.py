@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ivl_lightning.checkpoints.fingerprint import check_fingerprint, fingerprint
+from ivl_lightning.models.streaming import parameter_of
 
 _KEY = "frozen_base"
 
@@ -20,11 +21,20 @@ class FrozenBase:
     the network at hand.
 
     Args:
-        tensors: names and values of the frozen weights, before anything is exchanged or sharded.
+        names: of the frozen weights in the plain network.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        self._prints = fingerprint(tensors)
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(names)
+        self._prints: dict[str, str] = {}
+
+    def take(self, network: nn.Module) -> None:
+        """Note the fingerprint; every rank must call it.
+
+        Args:
+            network: with its weights, before they are exchanged for 4 bits; may be sharded, or have adapters.
+        """
+        self._prints = fingerprint((name, parameter_of(network, name)) for name in self._names)
 
     def attach(self, stage: nn.Module, network: str) -> None:
         """From here on the stage's state dict leaves out what is frozen now, and loading one fills it in.

@@ -28,6 +28,7 @@ from ivl_lightning.losses.quality import BCOPair
 from ivl_lightning.losses.rewards import implicit_rewards
 from ivl_lightning.models.lora import adapters_off
 from ivl_lightning.models.parts import text_config, vision_config
+from ivl_lightning.models.streaming import is_empty
 from ivl_lightning.stages.base import ModelSource, Stage
 from ivl_lightning.stages.reference import eval_mode, score_missing
 from ivl_lightning.stages.root import InternVLWithLogps
@@ -104,20 +105,43 @@ class MixedPreference(Stage):
 
     # -- building, reference --------------------------------------------------------------------------------------
 
-    def _wrap(self, model: InternVLForConditionalGeneration) -> InternVLWithLogps:
-        self._untouched = True
-        if self.reference == "online":
-            self._reference_root = (self._frozen(copy.deepcopy(model)),)
+    def configure_model(self) -> None:
+        """See `Stage.configure_model`; then the reference model, or what its log-probabilities are known by."""
+        if self.root is not None:
+            return
+        super().configure_model()
+        self._untouched = not self.awaits_checkpoint
+        if self.reference == "online" and not self._reference_root:
+            self._reference_root = (self._built_again(),)
         elif self.reference == "cached" and self._weights_id is None:
-            found = memory_hash(model)
+            found = memory_hash(self.internvl)
             self._weights_id = lambda: found
+
+    def _wrap(self, model: InternVLForConditionalGeneration) -> InternVLWithLogps:
+        # What lies in memory already need not be the same when it is built again.
+        if self.reference == "online" and not is_empty(model):
+            self._reference_root = (self._frozen(copy.deepcopy(model)),)
         return InternVLWithLogps(model, chunk_rows=self.chunk_rows, always_run_vision=self._always_run_vision())
 
     @property
-    def _needs_weights_early(self) -> bool:
-        """A reference model is copied from them, or known by them."""
-        own = self.reference == "online" or (self.reference == "cached" and self._weights_id is None)
-        return own or super()._needs_weights_early
+    def _checkpoint_has_all(self) -> bool:
+        """A reference model without a name is known by the weights that the stage began with."""
+        named = self.reference != "cached" or self._weights_id is not None
+        return named and super()._checkpoint_has_all
+
+    @property
+    def reads_origins(self) -> bool:
+        """A reference model has the weights that the stage began with; a cache may lack some of its scores."""
+        return self.reference in ("online", "cached") or super().reads_origins
+
+    def _built_again(self) -> InternVLWithLogps:
+        """The network the stage began with, as a reference model; of a sharded one each rank its shares."""
+        model = self._build()
+        self._quantize(model)
+        root = self._frozen(model)
+        if is_empty(model):
+            self._fill(root)
+        return root
 
     def _frozen(self, model: InternVLForConditionalGeneration) -> InternVLWithLogps:
         """A reference model, sharded like the policy."""
@@ -170,9 +194,7 @@ class MixedPreference(Stage):
                 "reference log-probabilities are missing, but the model has been trained since: give the stage a "
                 "function that builds the model, or put the cache back"
             )
-        model = self._whole_network()
-        self._quantize(model)
-        root = self._frozen(model)
+        root = self._built_again()
         return root if self.device_mesh is not None else root.to(self.device)
 
     def _reference_key(self) -> dict[str, Any]:
@@ -216,6 +238,8 @@ class MixedPreference(Stage):
         pairs = self._score(batch)
         self.progress = batch.planned.progress
         terms = self.mixture.terms(pairs)
+        weighted = [self.mixture.weights[name] * term.detach() for name, term in terms.items()]
+        self.sample_losses = torch.stack(weighted).sum(0)
         self._log_step(terms, pairs, batch)
         num_pairs, labels = self._divisors(pairs, batch.planned)
         return self.mixture.combine(terms, pairs=num_pairs, labels=labels).loss

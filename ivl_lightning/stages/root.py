@@ -17,6 +17,7 @@ from ivl_lightning.inference.generate import generate
 from ivl_lightning.losses.logps import chunked_logps
 from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.models.attention import boundaries, shared_prefix_boundaries
+from ivl_lightning.models.last_layer import selects_rows
 from ivl_lightning.structures import PackedBatch, PreferenceBatch, PromptBatch
 
 
@@ -40,6 +41,19 @@ class InternVLRoot(nn.Module):
         Raises:
             ValueError: tiles and context tokens do not match; names the records.
         """
+        return self._run(batch)
+
+    def loss_states(self, batch: PackedBatch | PreferenceBatch) -> Tensor:
+        """Last hidden states `[n, D]` that predict a supervised token; the last block leaves out what it can.
+
+        Raises:
+            ValueError: tiles and context tokens do not match; names the records.
+        """
+        if selects_rows(self.internvl):
+            return self._run(batch, loss_rows=batch.loss_rows)[0]
+        return self._run(batch)[0].index_select(0, batch.loss_rows)
+
+    def _run(self, batch: PackedBatch | PreferenceBatch, **options: Tensor) -> Tensor:
         embeds = embed(
             self.internvl,
             batch.input_ids,
@@ -52,7 +66,7 @@ class InternVLRoot(nn.Module):
         else:
             attention = shared_prefix_boundaries(batch.cu_queries, batch.cu_keys, batch.key_rows, embeds.device)
         return self.internvl.model.language_model(
-            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **attention
+            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **attention, **options
         ).last_hidden_state
 
     def generate(self, prompts: PromptBatch, **options: Any) -> Tensor:
@@ -81,7 +95,7 @@ class InternVLWithLoss(InternVLRoot):
         Raises:
             ValueError: tiles and context tokens do not match; names the records.
         """
-        rows = self.hidden_states(batch)[0][batch.loss_rows]
+        rows = self.loss_states(batch)
         return self.head(rows, self.internvl.lm_head.weight, batch.loss_targets, batch.loss_weights)
 
 
@@ -106,7 +120,7 @@ class InternVLWithLogps(InternVLRoot):
         Raises:
             ValueError: tiles and context tokens do not match; names the records.
         """
-        rows = self.hidden_states(batch)[0][batch.loss_rows]
+        rows = self.loss_states(batch)
         logps = chunked_logps(rows, self.internvl.lm_head.weight, batch.loss_targets, self.chunk_rows)
         sums = logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.loss_responses, logps)
         # No view: FSDP puts its backward hook on what the root returns.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
+from ivl_lightning.data.collate import documents_of
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.losses.next_token import NextTokenLoss
@@ -58,6 +59,7 @@ class SupervisedStage(Stage):
         self._trained = batch
         weighted_sum, token_losses = root(batch)
         self.progress = planned.progress
+        self.sample_losses = _sample_losses(token_losses.detach(), batch)
         self._log_step(weighted_sum.detach(), token_losses.detach(), batch)
         return self.loss_head.normalise(weighted_sum, batch.loss_weights, planned.weight_sum, planned.packs_per_step)
 
@@ -86,6 +88,14 @@ class SupervisedStage(Stage):
         if len(token_losses):
             self.val_loss.update(token_losses, weight=batch.loss_weights)
         return None
+
+
+def _sample_losses(token_losses: Tensor, batch: PackedBatch) -> Tensor:
+    """Weighted mean loss of each document's labels, `[D]`; 0 for a document without a label."""
+    documents, weights = documents_of(batch), batch.loss_weights.float()
+    empty = torch.zeros(len(batch.cu_seqlens) - 1, device=weights.device)
+    total = empty.index_add(0, documents, weights)
+    return empty.index_add(0, documents, token_losses.float() * weights) / total.where(total != 0, 1.0)
 
 
 def _sums_by_dataset(token_losses: Tensor, batch: PackedBatch, datasets: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from official_mpo import OfficialMPO, stacked
 from preference_shapes import LARGE, SMALL, build, random_pair, shapes
+from resident import resident, start_peak
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -153,19 +154,13 @@ def serve(connection: Connection, case: Case, way: str) -> None:
 @contextmanager
 def measured(base: int) -> Iterator[Reading]:
     """Seconds and peak of what runs inside."""
-    Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
+    start_peak()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     reading = Reading(0.0, 0.0, 0)
     yield reading
 
     reading.user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
     reading.peak = resident("VmHWM") - base
-
-
-def resident(name: str) -> int:
-    """Bytes: `VmRSS` now, `VmHWM` at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def flop_counter() -> FlopCounterMode:

@@ -43,6 +43,7 @@ GROUP_SCHEMAS = {
     "optim/adamw": schema.OptimConfig,
     "trainer/default": schema.TrainerConfig,
     "strategy/single": schema.StrategyConfig,
+    "launcher/none": schema.LauncherConfig,
     "model/custom": schema.ModelConfig,
 }
 
@@ -90,7 +91,7 @@ def test_every_stage_of_recipes_of_our_own(name):
 )
 def test_every_choice_of_the_small_groups(group, choice):
     stage_config(
-        "instruction_tuning", f"{group}={choice}", *(["trainer.devices=2"] if choice in ("ddp", "fsdp") else [])
+        "instruction_tuning", f"{group}={choice}", *(["trainer.devices=2"] if choice in ("ddp", "fsdp", "hsdp") else [])
     )
 
 
@@ -283,6 +284,34 @@ def test_a_donor_that_no_callback_brings():
 def test_several_contradictions_are_listed_together():
     with pytest.raises(ConfigError, match=r"packs_per_step=2 cannot be dealt to 3[\s\S]*reject_limit=2.0"):
         stage_config("mlp_warmup", "trainer.devices=3", "strategy=ddp", "data.reject_limit=2.0")
+
+
+def test_shards_of_a_node():
+    """Four ranks: groups of two by their own, or of what `shard_size` says."""
+    nodes = ["strategy=hsdp", "trainer.devices=2", "trainer.num_nodes=2", "data.packs_per_step=4"]
+    assert stage_config("mlp_warmup", *nodes).strategy.shard_size is None
+    assert stage_config("mlp_warmup", *nodes, "strategy.shard_size=4").strategy.shard_size == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["strategy=hsdp", "strategy.shard_size=3", "trainer.devices=4"],
+            r"strategy.shard_size=3 cannot part 4 ranks \(trainer.devices=4 x trainer.num_nodes=1\) into equal groups",
+        ),
+        (["strategy=hsdp", "trainer.precision=bf16-mixed"], r"precision=bf16-mixed under strategy=hsdp"),
+        (["strategy=fsdp", "strategy.shard_size=2"], r"shard_size=2 has no effect with strategy=fsdp"),
+        (["strategy=ddp", "strategy.cpu_offload=true"], r"cpu_offload=true needs sharded weights, but strategy=ddp"),
+        (["strategy.prefetch=2"], r"strategy.prefetch=2 needs sharded weights, but strategy=single: add strategy=fsdp"),
+        (["strategy.sync_every_micro_batch=true"], r"sync_every_micro_batch=true needs sharded weights"),
+        (["strategy=fsdp", "strategy.prefetch=-1"], r"strategy.prefetch=-1 is a number of blocks"),
+        (["strategy=hsdp", "lora=llm", "lora.quantize=nf4"], r"nf4 cannot be sharded by strategy=hsdp"),
+    ],
+)
+def test_switches_that_do_not_fit_a_strategy(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        stage_config("mlp_warmup", *arguments)
 
 
 def test_misspelt_keys_before_hydra():

@@ -16,12 +16,13 @@ from ivl_lightning.config.audit import AuditConfig
 from ivl_lightning.config.chat import ChatConfig, ChatModel
 from ivl_lightning.config.check import unknown_key
 from ivl_lightning.config.convert import ConvertConfig, ExportConfig
+from ivl_lightning.config.plan import PlanConfig
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.data.exclusion import EXCLUDED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GROUPS = "model|data|stage|loss|preference|lora|optim|trainer|strategy|callbacks|logger|recipe|scaling"
+GROUPS = "model|data|stage|loss|preference|lora|optim|trainer|strategy|callbacks|logger|launcher|recipe|scaling"
 # Made up in an example, for a file of the reader's own.
 READERS_OWN = {"mine"}
 
@@ -39,7 +40,7 @@ def load_generator() -> ModuleType:
 
 
 GENERATOR = load_generator()
-COMMANDS = [AuditConfig, PreferencesConfig, ConvertConfig, ExportConfig, ChatConfig, ChatModel]
+COMMANDS = [AuditConfig, PlanConfig, PreferencesConfig, ConvertConfig, ExportConfig, ChatConfig, ChatModel]
 CLASSES = [*(kind for _, kind in inspect.getmembers(schema, dataclasses.is_dataclass)), *COMMANDS]
 
 

@@ -1,8 +1,16 @@
-"""Run by torchrun: trains the tiny model under each case and writes losses and first gradients. Started once."""
+"""Training of the tiny model under one case: losses, gradients and validation. `layout_cases` starts it on many ranks.
+
+A case is `strategy/stage/reduction/rule`. The rule is a normaliser (`step`, `micro_batch`), or with the normaliser
+`step`: `batchN` makes steps of N rows, `packs8` of 8 packs, `clip` clips gradients, `ema` averages weights; `sync8` (8
+packs too), `offload`, `prefetch`, `compile` are switches of the strategy. `resumeN` goes on behind the first step of N
+ranks, and `emaresumeN` behind one with averages.
+"""
 
 from __future__ import annotations
 
-import sys
+import os
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +19,23 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ivl_lightning.callbacks.ema import EMA
+from ivl_lightning.checkpoints.weights import full_state_dict
 from ivl_lightning.config.schema import OptimConfig, StrategyConfig
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
-from ivl_lightning.losses.next_token import NextTokenLoss
+from ivl_lightning.losses.next_token import NORMALISERS, NextTokenLoss
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.stages.mlp_warmup import MLPWarmup
 from ivl_lightning.strategies.build import build_strategy
 from tests import tiny
 
 STEPS = 3
+UNVALIDATED = ("clip", "packs8", "sync8", "micro_batch", "compile")
+CLIP = 0.05
+EMA_DECAY = 0.15
+STAGES = {"instruction_tuning": InstructionTuning, "mlp_warmup": MLPWarmup}
 
 
 class Recorder(Callback):
@@ -32,12 +47,8 @@ class Recorder(Callback):
         self.validation: float = float("nan")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if self.gradients:
-            return
-        for name, parameter in pl_module.root.named_parameters():
-            if parameter.grad is not None:
-                grad = parameter.grad
-                self.gradients[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        if not self.gradients:
+            self.gradients = gradients_of(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -46,76 +57,161 @@ class Recorder(Callback):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def fit(
-    meta: Path,
-    strategy: str,
-    world_size: int,
-    *,
-    reduction: str,
-    normaliser: str,
-    stage: str,
-    keep_in: Path,
-    resume_from: Path | None,
-    batch_samples: int | None,
-) -> dict[str, Any]:
-    """Train a few steps; the same seeds whatever the layout. The state behind each step is kept (not under FSDP)."""
-    tokenizer = tiny.load_tiny_tokenizer()
-    stage_class = {"instruction_tuning": InstructionTuning, "mlp_warmup": MLPWarmup}[stage]
-    module = stage_class(
-        lambda: tiny.build_tiny_model(tokenizer),
-        loss=NextTokenLoss(reduction, normaliser),
-        optim=OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0),
-        generation_tokens=4,
+class LayoutRecorder(Recorder):
+    """Besides: gradients as the last step took them, this rank's labels in each step, and perhaps the weights.
+
+    Args:
+        weights: keep them as they were before the first step and behind each one, whole.
+    """
+
+    def __init__(self, *, weights: bool = False) -> None:
+        super().__init__()
+        self.labels: list[int] = []
+        self.last_gradients: dict[str, Tensor] = {}
+        self.weights: list[dict[str, Tensor]] = []
+        self._keeps_weights = weights
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._keeps_weights:
+            self.weights.append(weights_of(pl_module))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *rest: Any
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, *rest)
+        if batch.planned.micro_step == 0:
+            self.labels.append(0)
+        self.labels[-1] += len(batch.loss_targets)
+        if trainer.global_step == trainer.max_steps:
+            self.last_gradients = gradients_of(pl_module)
+        if self._keeps_weights and len(self.weights) == len(self.losses):
+            self.weights.append(weights_of(pl_module))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is sent between ranks, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_of(module: L.LightningModule) -> dict[str, Tensor]:
+    """Whole, by name; every rank must ask for them."""
+    grads = {name: parameter.grad for name, parameter in module.root.named_parameters()}
+    return {
+        name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        for name, grad in grads.items()
+        if grad is not None
+    }
+
+
+def weights_of(module: L.LightningModule) -> dict[str, Tensor]:
+    """Whole, by name; every rank must ask for them."""
+    return {name: value.clone() for name, value in full_state_dict(module.root).items()}
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def nodes_of(world_size: int) -> tuple[int, int]:
+    """Ranks of each node and nodes, as whoever started this rank has it."""
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
+    return devices, world_size // devices
+
+
+def sharding(strategy: str, rule: str = "step") -> StrategyConfig:
+    return StrategyConfig(
+        name=strategy,
+        sync_every_micro_batch=rule == "sync8",
+        compile_blocks=rule == "compile",
+        cpu_offload=rule == "offload",
+        prefetch=2 if rule == "prefetch" else 0,
+        reshard_after_forward=rule != "prefetch",
+        timeout_minutes=2,
     )
-    config = tiny.tiny_data_config(meta, max_tokens=420, max_pack_tiles=8, val_rows=5, batch_samples=batch_samples)
-    data = DynamicPackingDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
-    recorder = Recorder()
-    keep = ModelCheckpoint(dirpath=keep_in, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    keeps = strategy != "fsdp" and resume_from is None
+
+
+def stage_of(stage: str, reduction: str, rule: str, settings: StrategyConfig) -> InstructionTuning | MLPWarmup:
+    tokenizer = tiny.load_tiny_tokenizer()
+    return STAGES[stage](
+        lambda: tiny.build_tiny_model(tokenizer),
+        loss=NextTokenLoss(reduction, rule if rule in NORMALISERS else "step"),
+        # With such an eps a step is a multiple of the gradient, nearly. Adam's own divides rounding by rounding.
+        optim=OptimConfig(lr=0.3, eps=1.0, schedule="constant", warmup_steps=0),
+        generation_tokens=4,
+        sharding=settings,
+    )
+
+
+def data_of(meta: Path, rule: str) -> DynamicPackingDataModule:
+    config = tiny.tiny_data_config(
+        meta,
+        max_tokens=420,
+        max_pack_tiles=8,
+        val_rows=5,
+        packs_per_step=8 if rule in ("packs8", "sync8") else 4,
+        batch_samples=int(rule.removeprefix("batch")) if rule.startswith("batch") else None,
+    )
+    return DynamicPackingDataModule(config, tiny.load_tiny_tokenizer(), patch_size=tiny.PATCH_SIZE)
+
+
+def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
+    """Train three steps, or one of 8 packs; the same seeds whatever the layout. Some keep the state behind each step.
+
+    Args:
+        meta: the data.
+        out: where checkpoints go, and are found.
+        case: see the module.
+        world_size: ranks that run this.
+    """
+    strategy, stage, reduction, rule = case.split("/")
+    # A resumed run goes on from a checkpoint of another number of ranks.
+    kind, _, ranks = rule.partition("resume")
+    kind, resumes, averages = kind or "step", bool(ranks), kind == "ema"
+    settings, (devices, num_nodes) = sharding(strategy, kind), nodes_of(world_size)
+    module, data = stage_of(stage, reduction, kind, settings), data_of(meta, kind)
+    recorder = LayoutRecorder(weights=averages and strategy == "single" and not resumes)
+    folder = out / f"{stage}-{reduction}-{kind}-{ranks or world_size}"
+    keeps = rule in ("step", "ema") and strategy in ("single", "ddp")
+    keep = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=world_size,
-        strategy=build_strategy(StrategyConfig(name=strategy), num_ranks=world_size),
-        max_steps=STEPS,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=build_strategy(settings, num_ranks=world_size, num_nodes=num_nodes),
+        max_steps=1 if kind in ("packs8", "sync8") else STEPS,
+        gradient_clip_val=CLIP if kind == "clip" else None,
         logger=False,
         enable_checkpointing=keeps,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=1.0,
-        callbacks=[recorder, keep] if keeps else [recorder],
+        default_root_dir=out,
+        callbacks=[recorder, *([keep] if keeps else []), *([EMA(EMA_DECAY)] if averages else [])],
     )
-    trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-    metrics = trainer.validate(module, data, verbose=False)[0]
-    return {"losses": recorder.losses, "gradients": recorder.gradients, "validation": metrics}
-
-
-def main() -> None:
-    meta, out, world_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    results = {}
-    for case in sys.argv[4:]:
-        strategy, stage, reduction, rule = case.split("/")
-        # "resumeN" goes on behind the first step of N ranks.
-        ranks = rule.removeprefix("resume") if rule.startswith("resume") else None
-        # "batchN" makes steps of N rows.
-        batch = int(rule.removeprefix("batch")) if rule.startswith("batch") else None
-        rule = rule if ranks is None else "step"
-        folder = f"{stage}-{reduction}-{rule}"
-        results[case] = fit(
-            meta,
-            strategy,
-            world_size,
-            reduction=reduction,
-            normaliser=rule if batch is None else "step",
-            stage=stage,
-            keep_in=out.parent / f"{folder}-{world_size}",
-            resume_from=None if ranks is None else out.parent / f"{folder}-{ranks}" / "step=1.ckpt",
-            batch_samples=batch,
-        )
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        torch.save(results, out)
-
-
-if __name__ == "__main__":
-    main()
+    sent = Collectives()
+    with sent if kind in ("packs8", "sync8") or stage == "mlp_warmup" else nullcontext():
+        trainer.fit(module, data, ckpt_path=folder / "step=1.ckpt" if resumes else None, weights_only=True)
+    return {
+        "losses": recorder.losses,
+        "gradients": recorder.gradients,
+        "last_gradients": recorder.last_gradients,
+        "labels": gathered(recorder.labels),
+        "calls": dict(sent.calls),
+        "trajectory": recorder.weights,
+        "weights": weights_of(module) if averages else {},
+        "validation": {} if kind in UNVALIDATED else trainer.validate(module, data, verbose=False)[0],
+    }

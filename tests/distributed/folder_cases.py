@@ -3,37 +3,35 @@
 Started once, like `preference_cases`; `python -m tests.distributed.folder_cases FOLDER 1:CASE,CASE 2:CASE,...`.
 
 A case is `strategy/network/what`. Networks, of sizes that 2 does not divide: `original` lies in the original's layout,
-with queries, keys and values in one tensor and a vocabulary that grows; `hf` in transformers' layout; `donor` is `hf`
-with the tower of a donor. They are read by the loader (`folder`) or by a function that builds them whole (`function`);
-`bfloat16` stores them so, and takes no step.
+with queries, keys and values in one tensor and a vocabulary that grows; `hf` in transformers' layout, with one tensor
+for embeddings and head; `donor` is `hf` with the tower of a donor. They are read by the loader (`folder`) or by a
+function that builds them whole (`function`); `bfloat16` stores them so, and takes no step; `lora` trains adapters and
+the projector.
 
 With a donor, `whole` trains beside the frozen tower, `kept` keeps a checkpoint behind each step as well, `resume` goes
 on behind the first one when the donor is gone, `spoilt` changes a number that the last rank has read, `touched` one of
-the frozen tower behind the first step. `large/memory` takes no step: it measures what building takes.
+the frozen tower behind the first step. `large` is for `memory_cases`.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ivl_lightning.callbacks.progressive_scaling import ProgressiveScaling
+from ivl_lightning.checkpoints.files import SAFETENSORS
 from ivl_lightning.checkpoints.lineage import read_lineage
-from ivl_lightning.checkpoints.source import MemorySource
-from ivl_lightning.checkpoints.writer import write_weights
-from ivl_lightning.config.schema import ModelConfig, OptimConfig, StrategyConfig
+from ivl_lightning.config.schema import LoraSettings, ModelConfig, OptimConfig, StrategyConfig
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.models.build import load_model
 from ivl_lightning.models.loader import ConfiguredNetwork, build_model
@@ -43,12 +41,13 @@ from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.stages.mlp_warmup import MLPWarmup
 from ivl_lightning.strategies.build import build_strategy
 from tests import originals, tiny
-from tests.distributed.fit_cases import Recorder
-from tests.distributed.preference_cases import fork_group, gathered, wait
+from tests.distributed import memory_cases
+from tests.distributed.fit_cases import Recorder, gathered
+from tests.distributed.memory_cases import PATCH_SIZE, TILE_SIZE
+from tests.distributed.preference_cases import fork_group, wait
 
 STEPS = 2
 SEED = 5
-TILE_SIZE, PATCH_SIZE = 56, 14
 SMALL_VOCABULARY = 440
 
 
@@ -61,26 +60,24 @@ def write_network(folder: Path, family: str, *, vocabulary: int, seed: int) -> P
     return originals.write_folder(folder, config, tensors, "qwen2_vit300m")
 
 
-def write_large(folder: Path) -> None:
-    """190 MB of numbers, a tenth of them at most in one tensor."""
-    config = originals.family_config("internlm2_6b")
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
-    config["llm_config"].update(sizes, num_hidden_layers=3, vocab_size=450)
-    tensors = {name: torch.empty(shape).uniform_(-1, 1) for name, shape in originals.shapes(config).items()}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    write_weights(MemorySource(tensors), folder)
+def write_tied(folder: Path, source: Path) -> None:
+    """In transformers' layout, without a head of its own."""
+    load_model(source).save_pretrained(folder)
+    tensors = load_file(folder / SAFETENSORS)
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    originals.change_config(folder, tie_word_embeddings=True, text_config={"tie_word_embeddings": True})
 
 
 def write_networks(folder: Path) -> None:
     """What the cases read: `original`, `hf`, `large`, a donor for each strategy, and data."""
     write_network(folder / "original", "internlm2_6b", vocabulary=SMALL_VOCABULARY, seed=0)
-    source = write_network(folder / "source", "qwen2_300m", vocabulary=450, seed=1)
-    load_model(source).save_pretrained(folder / "hf")
-    write_large(folder / "large")
+    write_tied(folder / "hf", write_network(folder / "source", "qwen2_300m", vocabulary=450, seed=1))
+    memory_cases.write_large(folder / "large")
     for strategy in ("single", "ddp", "fsdp"):
         write_network(folder / f"donor-{strategy}", "phi3_300m", vocabulary=450, seed=2)
     tiny.write_tiny_data(folder / "data")
+    tiny.write_tiny_pairs(folder / "pairs")
 
 
 def settings(folder: Path, network: str, what: str) -> ModelConfig:
@@ -92,18 +89,23 @@ def stage_of(folder: Path, case: str) -> Stage:
     _, network, what = case.split("/")
     config, tokenizer = settings(folder, network, what), tiny.load_tiny_tokenizer()
     loader = ConfiguredNetwork(config, tokenizer, seed=SEED)
-    loader.resumed = what == "resume"
-    stage_class = MLPWarmup if network == "donor" else Watched
-    return stage_class(
+    stage_class = MLPWarmup if network == "donor" else InstructionTuning
+    adapters: dict[str, Any] = {
+        "lora": LoraSettings(parts=["vision", "llm"], rank=4),
+        "trainable": ["vision", "projector", "llm"],
+    }
+    stage = stage_class(
         (lambda: build_model(config, tokenizer, seed=SEED)) if what == "function" else loader,
         optim=OptimConfig(lr=1e-4, schedule="constant", warmup_steps=0),
-        trainable_vision_layers=1,
+        **(adapters if what == "lora" else {"trainable_vision_layers": 1}),
         drop_path_rate=0.3,
         activation_checkpointing=True,
         generation_tokens=1,
         sharding=sharding(case),
         seed=3,
     )
+    stage.resumed = what == "resume"
+    return stage
 
 
 def sharding(case: str) -> StrategyConfig:
@@ -118,43 +120,6 @@ def data_of(folder: Path) -> DynamicPackingDataModule:
         folder / "data/meta.json", max_tokens=420, max_pack_tiles=8, val_rows=2, tile_size=TILE_SIZE
     )
     return DynamicPackingDataModule(config, tiny.load_tiny_tokenizer(), patch_size=PATCH_SIZE)
-
-
-class AnonymousMemory:
-    """How much more memory of its own this process has at most, in bytes; pages of mapped files are not counted."""
-
-    def __init__(self) -> None:
-        self.grown = 0
-
-    def __enter__(self) -> Self:
-        self._before, self._ended = anonymous_bytes(), threading.Event()
-        self._watch = threading.Thread(target=self._follow)
-        self._watch.start()
-        return self
-
-    def _follow(self) -> None:
-        while not self._ended.is_set():
-            self.grown = max(self.grown, anonymous_bytes() - self._before)
-            time.sleep(0.0005)
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._watch.join()
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-class Watched(InstructionTuning):
-    """Measures what building its network takes."""
-
-    memory = AnonymousMemory()
-
-    def configure_model(self) -> None:
-        with AnonymousMemory() as self.memory:
-            super().configure_model()
 
 
 class Beginning(Recorder):
@@ -213,7 +178,7 @@ class Spoil(Callback):
 def callbacks_of(folder: Path, case: str, recorder: Beginning) -> list[Callback]:
     strategy, network, what = case.split("/")
     if network != "donor":
-        return [] if what == "memory" else [recorder]
+        return [recorder]
     scaling = ProgressiveScaling(donor=str(folder / f"donor-{strategy}"), folder=str(folder / case))
     keep = ModelCheckpoint(dirpath=folder / case, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     return [Spoil(what), recorder, scaling, *([keep] if what == "kept" else [])]
@@ -225,7 +190,7 @@ def trainer_of(folder: Path, case: str, world_size: int, recorder: Beginning) ->
         accelerator="cpu",
         devices=world_size,
         strategy=build_strategy(sharding(case), num_ranks=world_size),
-        max_steps=0 if what in ("bfloat16", "memory") else STEPS,
+        max_steps=0 if what == "bfloat16" else STEPS,
         # Behind the last step: what a forward pass has gathered may lie about when the run ends.
         val_check_interval=STEPS * 4 // world_size,
         check_val_every_n_epoch=None,
@@ -242,6 +207,8 @@ def trainer_of(folder: Path, case: str, world_size: int, recorder: Beginning) ->
 
 def fit(_meta: Path, folder: Path, case: str, world_size: int) -> dict[str, Any]:
     strategy, network, what = case.split("/")
+    if network == "large":
+        return memory_cases.run(folder, case, world_size)
     recorder = Beginning()
     trainer, stage = trainer_of(folder, case, world_size, recorder), stage_of(folder, case)
     if what == "resume" and trainer.is_global_zero:
@@ -252,14 +219,7 @@ def fit(_meta: Path, folder: Path, case: str, world_size: int) -> dict[str, Any]
         trainer.fit(stage, data_of(folder), ckpt_path=checkpoint, weights_only=True)
     except RuntimeError as raised:
         error = str(raised)
-    memory = gathered((stage.memory.grown, own_bytes(stage))) if isinstance(stage, Watched) else []
-    return {**recorder.found(), "errors": gathered(error), "lineage": lineage_of(folder / case), "memory": memory}
-
-
-def own_bytes(stage: Stage) -> int:
-    """Of what this rank holds of the network."""
-    values = (value.to_local() if isinstance(value, DTensor) else value for value in stage.internvl.parameters())
-    return sum(value.nbytes for value in values)
+    return {**recorder.found(), "errors": gathered(error), "lineage": lineage_of(folder / case)}
 
 
 def lineage_of(folder: Path) -> dict[str, Any]:

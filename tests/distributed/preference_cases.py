@@ -25,12 +25,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ivl_lightning.config.schema import OptimConfig, StrategyConfig
+from ivl_lightning.config.schema import OptimConfig
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.stages.mixed_preference import MixedPreference, RewardError
 from ivl_lightning.strategies.build import build_strategy
 from tests import tiny
-from tests.distributed.fit_cases import Recorder
+from tests.distributed.fit_cases import Recorder, gathered, nodes_of, sharding
 
 BATCH_PAIRS, PACKS = 8, 4
 CONTINUED = {"ddp": "single", "single": "ddp"}
@@ -61,18 +61,10 @@ class PairRecorder(Recorder):
             self.weights = {name: value.clone() for name, value in pl_module.root.state_dict().items()}
 
 
-def gathered(value: Any) -> list[Any]:
-    """The value of each rank."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
     strategy, reference, what = case.split("/")
     ranks = int(what.removeprefix("resume")) if what.startswith("resume") else world_size
+    settings, (devices, num_nodes) = sharding(strategy), nodes_of(world_size)
     tokenizer = tiny.load_tiny_tokenizer()
     stage = MixedPreference(
         lambda: tiny.build_tiny_model(tokenizer),
@@ -80,6 +72,7 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
         reference=reference,
         max_reward=1e-4 if what == "exploding" else 100.0,
         generation_tokens=3,
+        sharding=settings,
     )
     # A resumed run finds checkpoints and reference of the one it continues.
     folder = out / f"{strategy if ranks == world_size else CONTINUED[strategy]}-{reference}-{ranks}"
@@ -97,11 +90,12 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
     data = PreferenceDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
     recorder = PairRecorder()
     keep = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    keeps = what == "whole" and strategy != "fsdp"
+    keeps = what == "whole" and strategy in ("single", "ddp")
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=world_size,
-        strategy=build_strategy(StrategyConfig(name=strategy), num_ranks=world_size),
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=build_strategy(settings, num_ranks=world_size, num_nodes=num_nodes),
         max_epochs=1,
         logger=False,
         enable_checkpointing=keeps,

@@ -7,7 +7,6 @@ from ivl_lightning.models.attention import (
     boundaries,
     packed_attention,
     shared_prefix_boundaries,
-    varlen_kernel,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,7 +25,6 @@ def test_kernel_equals_per_document(window):
     inputs = [tensor.cuda().bfloat16() for tensor in (query, key, value)]
     found, _ = packed_attention(layer, *inputs, None, sliding_window=window, **boundaries(cu, torch.device("cuda")))
     torch.testing.assert_close(found.float().cpu(), wanted, atol=3e-2, rtol=3e-2)
-    assert varlen_kernel.cache_info().currsize == 1
 
 
 def test_kernel_equals_per_segment_where_answers_share_a_prompt():

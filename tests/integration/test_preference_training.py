@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from ivl_lightning.config.schema import OptimConfig
+from ivl_lightning.config.schema import ModelConfig, OptimConfig
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.ledger import TooManyRejectsError
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
@@ -18,6 +18,7 @@ from ivl_lightning.losses.generation import SFT
 from ivl_lightning.losses.mpo import MPOLoss, PreferenceMixture
 from ivl_lightning.losses.preference import SigmoidPreference
 from ivl_lightning.losses.quality import BCOPair
+from ivl_lightning.models.loader import ConfiguredNetwork
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.stages.mixed_preference import MixedPreference, RewardError
 from tests import tiny
@@ -41,12 +42,15 @@ class Fit:
     """Stage, data, trainer and what was seen of a fit; `error` where it stopped."""
 
     def __init__(self, meta, tokenizer, folder, *, stage=None, data=None, callbacks=(), ckpt_path=None, **trainer):
+        # What the trainer's caller says, besides giving the checkpoint.
+        resumed = trainer.pop("resumed", False)
         options = {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0}
         stage = {"optim": {}, "generation_tokens": 3, **(stage or {})}
         self.stage = MixedPreference(
             stage.pop("model", lambda: tiny.build_tiny_model(tokenizer)),
             **{**stage, "optim": OptimConfig(**{**options, **stage["optim"]})},
         )
+        self.stage.resumed = resumed
         caps = {"max_tokens": 1200, "batch_pairs": 6, "packs_per_step": 2, "cache_dir": str(folder.parent / "cache")}
         config = tiny.tiny_data_config(meta, **{**caps, **(data or {})})
         self.data = PreferenceDataModule(config, tokenizer, patch_size=tiny.PATCH_SIZE)
@@ -250,6 +254,26 @@ def test_resumed_equals_never_stopped(pairs, tokenizer, tmp_path, stop):
     shutil.rmtree(next((tmp_path / "cache").glob("reference-*[!k]")))
     anew = Fit(pairs, tokenizer, tmp_path / "anew", max_epochs=2, ckpt_path=checkpoint)
     assert anew.watch.losses == pytest.approx(whole.watch.losses[stop:], rel=1e-6)
+
+
+def test_a_resumed_run_reads_its_folder_for_the_reference_alone(pairs, tokenizer, tmp_path):
+    """The policy's weights come from the checkpoint. While the scores are there nothing else is needed; where they are
+    gone, they are taken anew from the weights in the folder, in other packs, so that losses are equal to 1e-6.
+    """
+    tiny.build_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+
+    def fit(name, **options):
+        loader = ConfiguredNetwork(ModelConfig(path=str(tmp_path / "model")), tokenizer)
+        stage = {"model": loader, "weights_id": lambda: "first"}
+        return Fit(pairs, tokenizer, tmp_path / name, stage=stage, **options)
+
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = fit("whole", callbacks=[keep])
+    assert len(whole.watch.losses) == 4
+    resumed = {"resumed": True, "ckpt_path": tmp_path / "kept/step=2.ckpt"}
+    assert fit("rest", **resumed).watch.losses == whole.watch.losses[2:]
+    shutil.rmtree(next((tmp_path / "cache").glob("reference-*[!k]")))
+    assert fit("anew", **resumed).watch.losses == pytest.approx(whole.watch.losses[2:], rel=1e-6)
 
 
 def test_a_trained_model_is_no_reference(pairs, tokenizer, tmp_path):

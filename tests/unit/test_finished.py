@@ -58,6 +58,7 @@ def test_done_json_comes_back_as_written(tmp_path):
         {"trainer": schema.TrainerConfig(devices=8, progress_bar=False)},
         {"strategy": schema.StrategyConfig(name="fsdp")},
         {"logger": {"csv": None}},
+        {"callbacks": {"other": {"limit": 3}}},
         {"data": schema.DataConfig(meta="m", num_workers=9, cache_dir="c")},
     ],
 )
@@ -73,6 +74,7 @@ def test_how_a_stage_ran_does_not_matter(changes, tmp_path):
         ({"optim": schema.OptimConfig(lr=1.0)}, "optim.lr=4e-05, this command says 1.0"),
         ({"optim": schema.OptimConfig(betas=[0.9, 0.95])}, "optim.betas=.0.9, 0.999., this command says .0.9, 0.95."),
         ({"data": schema.DataConfig(meta="n")}, "data.meta='m', this command says 'n'"),
+        ({"callbacks": {"ema": {"decay": 0.9}}}, "callbacks.ema.decay=None, this command says 0.9"),
     ],
 )
 def test_what_a_stage_learned_from_matters(changes, message, tmp_path):

@@ -11,11 +11,16 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ivl_lightning.checkpoints.source import MemorySource
+from ivl_lightning.checkpoints.source import Combined, MemorySource, read_rows, renamed
+from ivl_lightning.checkpoints.views import AsNative
 from ivl_lightning.config.schema import LoraSettings, ModelConfig
+from ivl_lightning.models.checkpoint import table_of
 from ivl_lightning.models.loader import ConfiguredNetwork, ReadyNetwork
-from ivl_lightning.models.streaming import different, write
+from ivl_lightning.models.original_config import from_original
+from ivl_lightning.models.streaming import different, is_empty, write
+from ivl_lightning.models.vocabulary import GrownVocabulary
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
+from ivl_lightning.stages.mixed_preference import MixedPreference
 from tests import originals, tiny
 
 
@@ -43,6 +48,22 @@ def share(whole: Tensor, ranks: int, rank: int) -> Tensor:
     """`torch.chunk` makes as few blocks as will do: 1 of 1 row, 2 of 4 rows for 3 ranks."""
     chunks = whole.chunk(ranks)
     return chunks[rank] if rank < len(chunks) else whole[:0]
+
+
+@pytest.mark.parametrize("family", ["internlm2_6b", "qwen2_300m", "phi3_300m"])
+def test_rows_of_any_tensor_are_read_alone(family):
+    """Those of the whole, whatever tensor of the original they lie in: parts of InternLM2's wqkv and of the tower's
+    qkv, and a vocabulary's old and new rows.
+    """
+    config = originals.family_config(family)
+    tensors = originals.random_tensors(originals.shapes(config), 0)
+    table = table_of(from_original(config, Path("config.json")))
+    native = Combined([renamed(AsNative(MemorySource(tensors), table), lambda name: name)])
+    source = GrownVocabulary(native, config["llm_config"]["vocab_size"] + 3, std=0.02, seed=0)
+    for name in source.names():
+        whole, rows = source.read(name), source.meta(name).shape[0]
+        for start, stop in ((0, rows), (0, 0), (rows // 3, rows // 2), (rows - 1, rows), (rows, rows)):
+            assert torch.equal(read_rows(source, name, start, stop), whole[start:stop]), (name, start, stop)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
@@ -111,3 +132,74 @@ def test_a_ready_network_is_not_built_anew(tmp_path: Path):
     assert ConfiguredNetwork(tiny.tiny_config(), tokenizer).builds_anew
     with pytest.raises(ValueError, match="with a ready network"):
         InstructionTuning(ReadyNetwork(network), lora=LoraSettings(parts=["llm"], quantize="nf4"))
+
+
+def test_a_network_does_not_depend_on_where_tensors_are_made(tmp_path: Path):
+    """Lightning makes tensors on the device of the rank, for which the meta device stands here: new vocabulary
+    rows, and all rows of a random network, have the numbers of their seed.
+    """
+    family = originals.family_config("qwen2_300m")
+    family["llm_config"]["vocab_size"] = 440
+    tensors = originals.random_tensors(originals.shapes(family))
+    folder = originals.write_folder(tmp_path / "qwen2", family, tensors, "qwen2_vit300m")
+    for config in (ModelConfig(path=str(folder)), tiny.tiny_config()):
+        networks = []
+        for place in ("cpu", "meta"):
+            loader = ConfiguredNetwork(config, tiny.load_tiny_tokenizer(), seed=4)
+            with torch.device(place):
+                networks.append(loader.build())
+                loader.fill(networks[-1])
+        wanted, ours = (network.state_dict() for network in networks)
+        assert len(wanted["lm_head.weight"]) == 445
+        assert all(torch.equal(ours[name], value) for name, value in wanted.items())
+
+
+class Counting(ConfiguredNetwork):
+    """Counts how often weights are read."""
+
+    reads = 0
+
+    def fill(self, model) -> None:
+        self.reads += 1
+        super().fill(model)
+
+
+LLM = LoraSettings(parts=["llm"], rank=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reads", "awaits", "origins"),
+    [
+        (InstructionTuning, {}, 0, True, False),
+        (InstructionTuning, {"lora": LLM}, 1, False, True),
+        (MixedPreference, {"reference": "online"}, 1, True, True),
+        (MixedPreference, {"reference": "cached", "weights_id": str}, 0, True, True),
+        (MixedPreference, {"reference": "cached"}, 1, False, True),
+        (MixedPreference, {"reference": "adapter_off", "lora": LLM}, 1, False, True),
+    ],
+)
+def test_what_a_checkpoint_brings_is_not_read_before(tmp_path: Path, kind, options, reads, awaits, origins):
+    """A checkpoint of adapters leaves out the base; a reference model has the first weights, or is known by them.
+
+    Not told that it is resumed, each stage reads once for the policy, and once for a reference model in memory.
+    """
+    folder = originals.write_family(tmp_path / "qwen2", "qwen2_300m")
+    loaders = [Counting(ModelConfig(path=str(folder)), tiny.load_tiny_tokenizer()) for _ in range(2)]
+    fresh, resumed = (kind(loader, **options) for loader in loaders)
+    resumed.resumed = True
+    for stage in (fresh, resumed):
+        stage.configure_model()
+        assert not is_empty(stage.root)
+    assert [loader.reads for loader in loaders] == [2 if options.get("reference") == "online" else 1, reads]
+    assert (resumed.awaits_checkpoint, resumed.reads_origins) == (awaits, origins)
+    assert (fresh.awaits_checkpoint, fresh.reads_origins) == (False, True)
+    checkpoint = {"state_dict": fresh.state_dict()}
+    fresh.on_save_checkpoint(checkpoint)
+    if awaits:
+        with pytest.raises(ValueError, match=r"told that it is resumed, .* no checkpoint was loaded: give ckpt_path"):
+            resumed.on_train_start()
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.load_state_dict(checkpoint["state_dict"])
+    assert not resumed.awaits_checkpoint
+    wanted = fresh.internvl.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in resumed.internvl.state_dict().items())

@@ -23,6 +23,7 @@ from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.models.freeze import frozen_modules, part_sizes, set_trainable
 from ivl_lightning.models.lora import adapters_off, add_lora, lora_scale
 from ivl_lightning.models.quantize import four_bit_names, quantize_language_model
+from ivl_lightning.models.streaming import empty_model
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.stages.mixed_preference import MixedPreference
@@ -141,6 +142,23 @@ def test_fresh_adapters_change_nothing_and_are_the_same_everywhere(tokenizer):
     adapters = [name for name in first if ".lora_A." in name]
     assert len(adapters) == 2 * (6 + 7), "two layers each, 6 linear layers in one of the tower, 7 in a Qwen2 one"
     assert not any(torch.equal(first[name], other[name]) for name in adapters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_of_a_network_without_memory_have_their_values(tokenizer, dtype):
+    """The bits that they have beside weights in memory; the weights stay where they were, and train if they did."""
+    model = tiny.build_tiny_model(tokenizer).to(dtype)
+    empty = empty_model(model.config, dtype=dtype, attention={"text_config": "sdpa", "vision_config": "sdpa"})
+    for network in (model, empty):
+        set_trainable(network, ["vision", "projector", "llm"])
+        add_lora(network, LoraSettings(parts=BOTH), seed=3)
+    ours, wanted = dict(empty.named_parameters()), dict(model.named_parameters())
+    assert ours.keys() == wanted.keys()
+    for name, parameter in ours.items():
+        adapter = ".lora_" in name
+        assert parameter.is_meta is not adapter, name
+        assert (parameter.dtype, parameter.requires_grad) == (wanted[name].dtype, wanted[name].requires_grad), name
+        assert not adapter or torch.equal(parameter, wanted[name]), name
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from ivl_lightning.models.freeze import model_parts, set_trainable
+from ivl_lightning.optim.adamw import AdamW
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
 
@@ -102,3 +103,18 @@ def test_floor_and_constant():
     assert [constant.factor(step, 0) for step in (0, 1, 2, 10)] == pytest.approx([0, 0.5, 1, 1])
     with pytest.raises(ValueError, match="cosine or constant"):
         WarmupSchedule(shape="linear")
+
+
+def test_adamw_is_that_of_torch_and_may_be_clipped():
+    """Three steps on a CPU, bit for bit. Lightning clips gradients only where none is unscaled in the step."""
+    found = []
+    for build in (AdamW, torch.optim.AdamW):
+        parameter = Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = build([{"params": [parameter], "lr": 0.1, "weight_decay": 0.2}], betas=(0.9, 0.95), eps=1e-6)
+        for _ in range(3):
+            (parameter**3).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((optimizer, parameter.detach()))
+    assert torch.equal(found[0][1], found[1][1])
+    assert not getattr(found[0][0], "_step_supports_amp_scaling", False)
