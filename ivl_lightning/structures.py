@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
     from torch import Tensor
 
 Role = Literal["system", "human", "gpt"]
@@ -210,24 +213,31 @@ class PlannedPack:
     step_samples: int = 0
 
 
-class Pinnable:
-    """A batch whose tensors a loader can put where a GPU fetches them by itself."""
+class Movable:
+    """A batch that goes to a device, but for its boundaries: the longest segment is read from them on the CPU."""
 
     __slots__ = ()
 
     def pin_memory(self) -> Self:
-        """The batch in pinned memory, but for boundaries, which stay with the CPU. `DataLoader` asks for it."""
+        """The batch in pinned memory, where a GPU fetches it by itself. `DataLoader` asks for it."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on a device. Pinned memory is not waited for."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
-        pinned = {
-            name: value.pin_memory()
+        moved = {
+            name: change(value)
             for name, value in values.items()
             if hasattr(value, "pin_memory") and not name.startswith("cu_")
         }
-        return type(self)(**values | pinned)
+        return type(self)(**values | moved)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBatch(Pinnable):
+class PackedBatch(Movable):
     """One micro-batch: documents side by side in one row of L tokens.
 
     Attributes:
@@ -262,7 +272,7 @@ class PackedBatch(Pinnable):
 
 
 @dataclass(frozen=True, slots=True)
-class PreferenceBatch(Pinnable):
+class PreferenceBatch(Movable):
     """One micro-batch of D preference pairs side by side in one row of L tokens: `[prompt | chosen | rejected]` each.
 
     Queries are cut into 3 D segments (prompt, chosen, rejected of each pair); the keys of a segment are its pair's
@@ -348,7 +358,7 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptBatch(Pinnable):
+class PromptBatch(Movable):
     """Questions to answer by generation, padded on the left.
 
     Attributes:

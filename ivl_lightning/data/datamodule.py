@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from weakref import ref
 import lightning as L
 import torch
 from PIL.Image import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -26,10 +24,10 @@ from ivl_lightning.data.expected_rows import check_expected_rows
 from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
+from ivl_lightning.data.loader_signals import leave_signals_to_parent
 from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.ranks import check_agreement, gathered
-from ivl_lightning.data.loader_signals import leave_signals_to_parent
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, Waiting, whole_item
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import stop_ids
@@ -324,14 +322,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         """Move a batch."""
         if not isinstance(batch, (PackedBatch, PreferenceBatch, PromptBatch)):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(batch)
-            # Boundaries stay on the CPU: the longest segment is read there without waiting for the device.
-            if isinstance(value := getattr(batch, field.name), Tensor) and not field.name.startswith("cu_")
-        }
-        changes: dict[str, Any] = moved
-        return dataclasses.replace(batch, **changes)
+        return batch.to(device)
 
     def note_rejects(self, rejects: Sequence[Reject]) -> int:
         """List rows that broke when a batch was made; returns how many were not known before."""

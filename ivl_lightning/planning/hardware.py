@@ -35,7 +35,7 @@ class Gpu:
 GPUS: dict[GpuName, Gpu] = {
     "h100": Gpu("H100 SXM 80 GB", 989e12, 67e12, 80 * GB, 3350 * GB, 450 * GB),
     "h200": Gpu("H200 SXM 141 GB", 989e12, 67e12, 141 * GB, 4800 * GB, 450 * GB),
-    "b200": Gpu("B200 180 GB", 2250e12, 75e12, 180 * GB, 7700 * GB, 900 * GB),
+    "b200": Gpu("B200 180 GB", 2250e12, 80e12, 180 * GB, 8000 * GB, 900 * GB),
     "a100_80gb": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 80 * GB, 2039 * GB, 300 * GB),
     "a100_40gb": Gpu("A100 SXM 40 GB", 312e12, 19.5e12, 40 * GB, 1555 * GB, 300 * GB),
     "l40s": Gpu("L40S 48 GB", 362e12, 91.6e12, 48 * GB, 864 * GB, 32 * GB),

@@ -1,9 +1,9 @@
 """Training of the tiny model under one case: losses, gradients and validation. `layout_cases` starts it on many ranks.
 
 A case is `strategy/stage/reduction/rule`. The rule is a normaliser (`step`, `micro_batch`), or with the normaliser
-`step`: `batchN` makes steps of N rows, `packs8` of 8 packs, `clip` clips gradients, `ema` averages weights; `sync8` (8
-packs too), `offload`, `prefetch`, `compile` are switches of the strategy. `resumeN` goes on behind the first step of N
-ranks, and `emaresumeN` behind one with averages.
+`step`: `batchN` makes steps of N rows, `packs8` of 8 packs, their head in chunks of two rows, `clip` clips gradients,
+`ema` averages weights; `sync8` (8 packs too), `offload`, `prefetch`, `compile` are switches of the strategy. `resumeN`
+goes on behind the first step of N ranks, and `emaresumeN` behind one with averages.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ivl_lightning.strategies.build import build_strategy
 from tests import tiny
 
 STEPS = 3
+EIGHT_PACKS = ("packs8", "sync8")
 UNVALIDATED = ("clip", "packs8", "sync8", "micro_batch", "compile")
 CLIP = 0.05
 EMA_DECAY = 0.15
@@ -147,7 +148,9 @@ def stage_of(stage: str, reduction: str, rule: str, settings: StrategyConfig) ->
     tokenizer = tiny.load_tiny_tokenizer()
     return STAGES[stage](
         lambda: tiny.build_tiny_model(tokenizer),
-        loss=NextTokenLoss(reduction, rule if rule in NORMALISERS else "step"),
+        loss=NextTokenLoss(
+            reduction, rule if rule in NORMALISERS else "step", chunk_rows=2 if rule in EIGHT_PACKS else 4096
+        ),
         # With such an eps a step is a multiple of the gradient, nearly. Adam's own divides rounding by rounding.
         optim=OptimConfig(lr=0.3, eps=1.0, schedule="constant", warmup_steps=0),
         generation_tokens=4,
@@ -161,7 +164,7 @@ def data_of(meta: Path, rule: str) -> DynamicPackingDataModule:
         max_tokens=420,
         max_pack_tiles=8,
         val_rows=5,
-        packs_per_step=8 if rule in ("packs8", "sync8") else 4,
+        packs_per_step=8 if rule in EIGHT_PACKS else 4,
         batch_samples=int(rule.removeprefix("batch")) if rule.startswith("batch") else None,
     )
     return DynamicPackingDataModule(config, tiny.load_tiny_tokenizer(), patch_size=tiny.PATCH_SIZE)
@@ -191,7 +194,7 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
         devices=devices,
         num_nodes=num_nodes,
         strategy=build_strategy(settings, num_ranks=world_size, num_nodes=num_nodes),
-        max_steps=1 if kind in ("packs8", "sync8") else STEPS,
+        max_steps=1 if kind in EIGHT_PACKS else STEPS,
         gradient_clip_val=CLIP if kind == "clip" else None,
         logger=False,
         enable_checkpointing=keeps,
@@ -203,7 +206,7 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
         callbacks=[recorder, *([keep] if keeps else []), *([EMA(EMA_DECAY)] if averages else [])],
     )
     sent = Collectives()
-    with sent if kind in ("packs8", "sync8") or stage == "mlp_warmup" else nullcontext():
+    with sent if kind in EIGHT_PACKS or stage == "mlp_warmup" else nullcontext():
         trainer.fit(module, data, ckpt_path=folder / "step=1.ckpt" if resumes else None, weights_only=True)
     return {
         "losses": recorder.losses,

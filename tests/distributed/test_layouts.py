@@ -169,6 +169,16 @@ def test_gradients_travel_once_a_step(results):
     assert deferred["allreduce_"] == each["allreduce_"]
 
 
+def test_weights_are_gathered_once_for_all_chunks_of_the_head(results):
+    """Each micro-batch: 7 units in forward, and in backward the 6 below the root, whatever is behind the last norm.
+
+    A pack's 4 to 17 labels are 2 to 9 chunks of two.
+    """
+    for case in (EIGHT, SYNCED):
+        assert results["2"][f"fsdp/{case}"]["calls"]["_allgather_base_"] == 4 * (7 + 6)
+        assert results["nodes"][f"hsdp/{case}"]["calls"]["_allgather_base_"] == 2 * (7 + 6)
+
+
 @pytest.mark.parametrize(("group", "case"), [("2", f"fsdp/{FROZEN}"), ("nodes", f"hsdp/{FROZEN}")])
 def test_only_the_projector_trains(results, group, case):
     """And its gradients travel in one call for each of the three steps: the frozen units have none."""

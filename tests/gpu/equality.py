@@ -106,7 +106,7 @@ def network_of(scale: Scale, device: torch.device, *, preference: bool) -> Calla
     def compute(kernel: str, dtype: torch.dtype) -> list[Tensor]:
         model = network(config, KERNELS[kernel], device).to(dtype)
         select_in_last_layer(model)
-        moved = on_device(batch, device)
+        moved = batch.to(device)
         if preference:
             root: nn.Module = InternVLWithLogps(model, always_run_vision=True)
             output = root(moved)
@@ -119,17 +119,6 @@ def network_of(scale: Scale, device: torch.device, *, preference: bool) -> Calla
         return [output.detach().float(), torch.cat(gradients)]
 
     return compute
-
-
-def on_device(batch: Any, device: torch.device) -> Any:
-    """The batch as the data module moves it: boundaries stay behind."""
-    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name, value in fields.items()
-        if isinstance(value, Tensor) and not name.startswith("cu_")
-    }
-    return replace(batch, **moved)
 
 
 def compare(compute: Callable[..., list[Tensor]], kernel: str) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from ivl_lightning.models.shard import compile_blocks, shard_model
 from ivl_lightning.optim.adamw import AdamW
 from ivl_lightning.stages.root import InternVLWithLoss
 from ivl_lightning.structures import PackedBatch
-from tests.gpu.equality import on_device
 from tests.gpu.scale import Scale, network, packed
 
 ALL = ("vision", "projector", "llm")
@@ -115,7 +114,7 @@ class Training:
 
     def step(self) -> Tensor:
         """Transfer, forward, backward, clipping and AdamW; the loss, on the device."""
-        batch = on_device(self.host, self.device)
+        batch = self.host.to(self.device)
         mixed = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         with mixed if self.case.precision == "autocast" else nullcontext():
             loss = self.root(batch)[0] / self.weight

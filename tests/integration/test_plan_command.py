@@ -31,7 +31,7 @@ def plan(*arguments):
     )
 
 
-def test_every_stage_is_told_and_written(tmp_path):
+def test_a_stage_is_told_and_written(tmp_path):
     file = tmp_path / "forecast.json"
     result = plan(
         "recipe=internvl2_5_8b",
@@ -39,23 +39,23 @@ def test_every_stage_is_told_and_written(tmp_path):
         "trainer.num_nodes=4",
         "strategy=fsdp",
         "strategy.param_dtype=bfloat16",
-        "stages=[1,2]",
+        "stages=[2]",
         f"run_dir={tmp_path}/run",
         "plan.gpu=a100_40gb",
         f"plan.json={file}",
     )
     # Whole gradients of 8 B weights leave no room on 40 GB.
     assert result.returncode == 1, result.stderr[-2000:]
-    assert "2  instruction_tuning trains vision, projector, llm" in result.stdout
+    assert "1  instruction_tuning trains vision, projector, llm" in result.stdout
     assert "strategy.sync_every_micro_batch=true" in result.stdout
     assert "the first that fits" in result.stdout
     written = json.loads(file.read_text())
-    assert list(written["stages"]) == ["mlp_warmup", "instruction_tuning"]
-    second = written["stages"]["instruction_tuning"]
-    assert second["steps"] == 5500
-    assert second["memory"]["fits"] is False
-    assert second["memory"]["peak"] == pytest.approx(sum(second["memory"]["moments"][second["memory"]["at"]].values()))
-    assert [change["fits"] for change in second["changes"]] == [True]
+    assert list(written["stages"]) == ["instruction_tuning"]
+    stage = written["stages"]["instruction_tuning"]
+    assert stage["steps"] == 5500
+    assert stage["memory"]["fits"] is False
+    assert stage["memory"]["peak"] == pytest.approx(sum(stage["memory"]["moments"][stage["memory"]["at"]].values()))
+    assert [change["fits"] for change in stage["changes"]] == [True]
     assert not (tmp_path / "run").exists()
 
 

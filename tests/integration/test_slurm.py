@@ -107,8 +107,8 @@ def wait_for(happened, log):
 
 
 def wait_for_end(variables, job, log):
-    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait_for(lambda: state_of(variables, job)["JobState"] in ended, log)
+    on_its_way = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+    wait_for(lambda: state_of(variables, job)["JobState"] not in on_its_way, log)
     return state_of(variables, job)
 
 
