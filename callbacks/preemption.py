@@ -52,6 +52,7 @@ class Preemption(Checkpoint):
             raise ValueError(f"preemption on signals={list(signals)}: there is no signal {', '.join(unknown)}")
         self._signals = [signal.Signals[name] for name in signals]
         self._asked_by: str | None = None
+        self._stop: PreemptedError | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,14 +71,18 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Behind a step: stop if any rank was asked to.
+        """Behind a step: save if any rank was asked to stop. It stops with the next hook, when the step is logged."""
+        planned = batch.planned
+        if planned.micro_step + 1 == planned.num_micro_steps:
+            self._save_if_asked(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Stop.
 
         Raises:
             PreemptedError: on all ranks.
         """
-        planned = batch.planned
-        if planned.micro_step + 1 == planned.num_micro_steps:
-            self._stop_if_asked(trainer)
+        self._stop_if_saved()
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """A validation may take longer than a scheduler waits; training goes on behind the step before it.
@@ -85,20 +90,31 @@ class Preemption(Checkpoint):
         Raises:
             PreemptedError: on all ranks.
         """
-        if self._handlers:
-            self._stop_if_asked(trainer)
+        if self._handlers and self._stop is None:
+            self._save_if_asked(trainer)
+        self._stop_if_saved()
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+    def _stop_if_saved(self) -> None:
+        if self._stop is not None:
+            raise self._stop
+
+    def _save_if_asked(self, trainer: L.Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False):
             return
         for checkpoints in _savers(trainer):
             checkpoints.save(trainer)
             checkpoints.finish(trainer)
-        raise PreemptedError(self._asked_by or "a signal to another rank", trainer.global_step, _exit_code(trainer))
+        name = self._asked_by or "a signal to another rank"
+        self._stop = PreemptedError(name, trainer.global_step, _exit_code(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen no more."""
+        """Listen no more; stop, if the last step was the one behind which to stop.
+
+        Raises:
+            PreemptedError: on all ranks.
+        """
         self._restore()
+        self._stop_if_saved()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Listen no more."""

@@ -17,6 +17,7 @@ from ivl_lightning.checkpoints.complete import (
     remove,
     steps_of,
 )
+from ivl_lightning.constants import CHECKPOINTS_FOLDER
 from ivl_lightning.strategies.folder_checkpoints import FolderCheckpoints
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class StepCheckpoints(Checkpoint):
     An older checkpoint is removed only when a newer one stands whole, also where saving goes on behind training.
 
     Args:
-        folder: where they go, `step=00000100.ckpt` and so on.
+        folder: where they go, `step=00000100.ckpt` and so on; by default `checkpoints` below the trainer's own.
         every: optimizer steps between two of them; None saves on request alone.
         keep: whole checkpoints kept, at least 1.
 
@@ -36,12 +37,17 @@ class StepCheckpoints(Checkpoint):
         ValueError: `keep` or `every` below 1.
     """
 
-    def __init__(self, folder: str | Path, *, every: int | None = None, keep: int = 3) -> None:
+    def __init__(self, folder: str | Path | None = None, *, every: int | None = None, keep: int = 3) -> None:
         super().__init__()
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep} and every={every} must be at least 1 (every may be None)")
-        self.folder, self.every, self.keep = Path(folder), every, keep
+        self.every, self.keep = every, keep
+        self._folder = None if folder is None else Path(folder)
         self._seen = 0
+
+    def folder_of(self, trainer: L.Trainer) -> Path:
+        """Where this trainer's checkpoints lie."""
+        return self._folder or Path(trainer.default_root_dir) / CHECKPOINTS_FOLDER
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from here."""
@@ -64,7 +70,7 @@ class StepCheckpoints(Checkpoint):
         """
         if trainer.global_step == 0:
             return
-        path = self.folder / checkpoint_name(trainer.global_step)
+        path = self.folder_of(trainer) / checkpoint_name(trainer.global_step)
         if trainer.strategy.broadcast(is_complete(path) if trainer.is_global_zero else False):
             return
         trainer.save_checkpoint(path)
@@ -91,10 +97,11 @@ class StepCheckpoints(Checkpoint):
         """Remove all but the newest whole ones, and what older saves have left that did not end."""
         if not trainer.is_global_zero:
             return
-        newest = newest_complete(self.folder)
+        folder = self.folder_of(trainer)
+        newest = newest_complete(folder)
         if newest is None:
             return
-        older = [path for path in checkpoints_in(self.folder) if steps_of(path) <= steps_of(newest)]
+        older = [path for path in checkpoints_in(folder) if steps_of(path) <= steps_of(newest)]
         whole = [path for path in older if is_complete(path)]
         for path in set(older) - set(whole[-self.keep :]):
             remove(path)

@@ -187,6 +187,8 @@ class _Watch:
         """Stop watching; the heartbeat goes, since the rank is not behind but done."""
         self._ended.set()
         self._thread.join()
+        # It may have gone on and ended between two heartbeats.
+        self._look()
         own = self._heartbeats / f"rank-{self._trainer.global_rank}.json"
         own.unlink(missing_ok=True)
         # Not empty while other ranks are at work.

@@ -38,6 +38,9 @@ RESERVED_TOKENS = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
 WEIGHTS_FOLDER = "weights"
 """Where a stage leaves its weights, below its folder."""
 
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Where it keeps what it goes on from, if it is killed."""
+
 DONE_NAME = "done.json"
 """What marks a stage's folder as finished."""
 

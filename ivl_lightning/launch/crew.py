@@ -89,9 +89,13 @@ class Crew:
             return max(ended.code for ended in self._ends)
         # Those that were ended for it say so; those that cannot any more are not waited for.
         self._ends = self._meeting.ends(OWN_END_SECONDS + TERM_SECONDS)
+        silent = {*range(self.ranks.world_size)} - {ended.rank for ended in self._ends}
+        if silent:
+            print(f"error: ranks {sorted(silent)} do not answer any more", file=sys.stderr)
         if failure.code != PREEMPTED_EXIT_CODE:
             print(f"error: rank {failure.rank} on {failure.host} failed first, {_how(failure.code)}", file=sys.stderr)
-        return _positive(failure.code)
+        # A stop on request is one that all ranks agree on.
+        return 1 if silent and failure.code == PREEMPTED_EXIT_CODE else _positive(failure.code)
 
     def follow(self) -> int:
         """Another rank: do as rank 0 says until it ends the command; returns the exit code.

@@ -14,10 +14,10 @@ from ivl_lightning.checkpoints.source import CheckpointError, Combined, TensorSo
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.convert import ExportConfig
 from ivl_lightning.config.schema import RunConfig
-from ivl_lightning.constants import WEIGHTS_FOLDER
+from ivl_lightning.constants import CHECKPOINTS_FOLDER, WEIGHTS_FOLDER
 from ivl_lightning.launch.network import tokenizer_of
 from ivl_lightning.launch.run_stage import CONFIG_NAME, initial_checkpoint, read_config
-from ivl_lightning.launch.trainer import CHECKPOINT_FOLDER, newest_checkpoint
+from ivl_lightning.launch.trainer import newest_checkpoint
 from ivl_lightning.models.checkpoint import Checkpoint, open_checkpoint
 from ivl_lightning.models.lora import lora_scale
 from ivl_lightning.stages.base import NETWORK_CONFIG
@@ -55,7 +55,7 @@ def stage_folder(config: ExportConfig) -> Path:
         return run
     if config.checkpoint == WEIGHTS_FOLDER:
         return weights_folder(config.run).parent
-    begun = sorted(run.glob(f"*/{CHECKPOINT_FOLDER}"), key=lambda path: path.stat().st_mtime)
+    begun = sorted(run.glob(f"*/{CHECKPOINTS_FOLDER}"), key=lambda path: path.stat().st_mtime)
     if not begun:
         raise ConfigError(f"run={run}: no stage of it has a checkpoint")
     return begun[-1].parent
@@ -74,9 +74,9 @@ def _checkpoint_path(folder: Path, name: str) -> Path:
         if newest is None:
             raise ConfigError(f"checkpoint=newest: {folder} has no checkpoint yet")
         return newest
-    found = folder / CHECKPOINT_FOLDER / name
+    found = folder / CHECKPOINTS_FOLDER / name
     if not found.exists():
-        there = sorted(path.name for path in (folder / CHECKPOINT_FOLDER).glob("*.ckpt"))
+        there = sorted(path.name for path in (folder / CHECKPOINTS_FOLDER).glob("*.ckpt"))
         raise ConfigError(
             f"checkpoint={name}: {folder} has {', '.join(there) or 'none'}, or give `newest` or `weights`"
         )

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.2
 # Others may still import torch when rank 0 is there, or the other way round.
 _CONNECT = timedelta(minutes=10)
 # How long rank 0, whose store others read, waits for them in the end.
-_PART_SECONDS = 30.0
+_PART_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,28 +115,30 @@ class Meeting:
         return Ended(**json.loads(self._store.get(f"failure/{self._round}")))
 
     def ends(self, seconds: float | None = None) -> list[Ended]:
-        """Rank 0: how the stage ended on each rank, rank by rank.
+        """Rank 0: how the stage ended on each rank, rank by rank, without those that have not said so.
 
         Args:
-            seconds: how long to wait for those that have not said so; None: as long as it takes, or until one fails.
+            seconds: how long to wait; None: as long as it takes, or until one has failed.
         """
+        deadline = None if seconds is None else time.monotonic() + seconds
         return [
             Ended(**json.loads(self._store.get(key)))
             for rank in range(self._ranks.world_size)
-            if self._wait_for(key := f"ended/{self._round}/{rank}", seconds)
+            if self._wait_for(key := f"ended/{self._round}/{rank}", deadline)
         ]
 
-    def _wait_for(self, key: str, seconds: float | None) -> bool:
-        start = time.monotonic()
+    def _wait_for(self, key: str, deadline: float | None) -> bool:
         while not self._has(key):
-            waited = time.monotonic() - start
-            if (seconds is not None and waited > seconds) or (seconds is None and self.failure() is not None):
+            given_up = self.failure() is not None if deadline is None else time.monotonic() > deadline
+            if given_up:
                 return False
             time.sleep(_POLL_SECONDS)
         return True
 
     def part(self) -> None:
-        """The last thing to do here; rank 0 stays until the others have read what it said."""
+        """The last thing to do here; a store of rank 0's stays until the others have read what it said."""
+        if self._ranks.store_of_starter:
+            return
         if self._ranks.rank > 0:
             self._store.add("parted", 1)
             return

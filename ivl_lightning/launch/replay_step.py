@@ -15,9 +15,10 @@ from rich.console import Console
 from ivl_lightning.checkpoints.complete import newest_complete, steps_of
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.constants import CHECKPOINTS_FOLDER
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.launch.replay import stage_folder_of
-from ivl_lightning.launch.trainer import CHECKPOINT_FOLDER, build_trainer
+from ivl_lightning.launch.trainer import build_trainer
 from ivl_lightning.stages.base import Stage
 from ivl_lightning.stages.step_record import (
     MicroBatchRecord,
@@ -64,7 +65,7 @@ def replay_checkpoint(config: RunConfig, folder: Path) -> Path | None:
         config: with `replay`.
         folder: of `write_replay`.
     """
-    return newest_complete(stage_folder_of(folder) / CHECKPOINT_FOLDER, at_most=config.replay)
+    return newest_complete(stage_folder_of(folder) / CHECKPOINTS_FOLDER, at_most=config.replay)
 
 
 def replay_step(config: RunConfig, folder: Path, stage: Stage, datamodule: DynamicPackingDataModule) -> None:

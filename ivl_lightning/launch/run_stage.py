@@ -25,7 +25,7 @@ from ivl_lightning.checkpoints.source import Combined, MemorySource
 from ivl_lightning.checkpoints.weights import full_state_dict
 from ivl_lightning.config.check import ConfigError, load
 from ivl_lightning.config.schema import ModelConfig, RunConfig
-from ivl_lightning.constants import WEIGHTS_FOLDER
+from ivl_lightning.constants import CHECKPOINTS_FOLDER, WEIGHTS_FOLDER
 from ivl_lightning.conversion.write import write_trained
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
@@ -34,7 +34,7 @@ from ivl_lightning.launch.adapter import ADAPTER_FOLDER, save_adapter
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.replay_step import replay_checkpoint, replay_step
-from ivl_lightning.launch.trainer import CHECKPOINT_FOLDER, build_trainer, newest_checkpoint
+from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
 from ivl_lightning.models.build import has_weights, weight_sources
 from ivl_lightning.models.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def _say(message: str) -> None:
 
 def _told(checkpoint: Path | None, folder: Path) -> Path | None:
     """The checkpoint to go on from; people are told which, and which newer ones a save has left unfinished."""
-    left = {path.name: faults(path) for path in checkpoints_in(folder / CHECKPOINT_FOLDER) if faults(path)}
+    left = {path.name: faults(path) for path in checkpoints_in(folder / CHECKPOINTS_FOLDER) if faults(path)}
     for name, found in left.items():
         _say(f"[yellow]{name} is left out[/yellow]: {', '.join(found)}")
     if checkpoint is not None:

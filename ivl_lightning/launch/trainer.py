@@ -19,10 +19,10 @@ from lightning.pytorch.loggers import Logger
 
 from ivl_lightning.checkpoints.complete import newest_complete
 from ivl_lightning.config.schema import RunConfig
+from ivl_lightning.constants import CHECKPOINTS_FOLDER
 from ivl_lightning.data.plan import accumulation
 from ivl_lightning.strategies.build import build_strategy
 
-CHECKPOINT_FOLDER = "checkpoints"
 WANDB_ID_NAME = "wandb_id.txt"
 # Lightning has no "never": an interval no run reaches keeps validation to the end of the stage.
 _NEVER = 10**12
@@ -111,4 +111,4 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint with the most steps, from which a stage goes on that was killed or stopped."""
-    return newest_complete(folder / CHECKPOINT_FOLDER)
+    return newest_complete(folder / CHECKPOINTS_FOLDER)

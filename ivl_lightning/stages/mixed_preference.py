@@ -29,7 +29,8 @@ from ivl_lightning.losses.rewards import implicit_rewards
 from ivl_lightning.models.lora import adapters_off
 from ivl_lightning.models.parts import text_config, vision_config
 from ivl_lightning.models.streaming import is_empty
-from ivl_lightning.stages.base import ModelSource, Stage
+from ivl_lightning.stages.base import Stage
+from ivl_lightning.stages.network import ModelSource
 from ivl_lightning.stages.reference import eval_mode, score_missing
 from ivl_lightning.stages.root import InternVLWithLogps
 from ivl_lightning.structures import Answer, PairScores, PlannedPack, PreferenceBatch, PromptBatch

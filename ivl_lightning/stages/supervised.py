@@ -15,7 +15,8 @@ from ivl_lightning.data.collate import documents_of
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.losses.next_token import NextTokenLoss
-from ivl_lightning.stages.base import ModelSource, Stage
+from ivl_lightning.stages.base import Stage
+from ivl_lightning.stages.network import ModelSource
 from ivl_lightning.stages.root import InternVLWithLoss
 from ivl_lightning.structures import Answer, PackedBatch, PromptBatch
 

@@ -27,10 +27,10 @@ PAIRS = "mpo/{}/online/whole"
 
 ONE = [f"single/{case}" for case in (*REDUCTIONS, CLIPPED, FROZEN, AVERAGED, EIGHT, SEVEN, OFFICIAL)]
 ONE += [PAIRS.format("single")]
-TWO = [f"ddp/{case}" for case in (*REDUCTIONS, CLIPPED, AVERAGED, SEVEN)]
+TWO = [f"ddp/{case}" for case in (REDUCTIONS[0], CLIPPED, AVERAGED, SEVEN)]
 TWO += [f"fsdp/{case}" for case in (*REDUCTIONS, CLIPPED, FROZEN, EIGHT, SYNCED)]
 TWO += [f"fsdp/{TUNING}/square/{rule}" for rule in ("offload", "prefetch")]
-FOUR = [f"ddp/{case}" for case in REDUCTIONS] + [f"fsdp/{REDUCTIONS[0]}"]
+FOUR = [f"{strategy}/{REDUCTIONS[0]}" for strategy in ("ddp", "fsdp")]
 NODES = [f"hsdp/{case}" for case in (*REDUCTIONS, CLIPPED, FROZEN, EIGHT, SYNCED)] + [PAIRS.format("hsdp")]
 
 GROWN = [f"ddp/{TUNING}/square/resume1", f"fsdp/{TUNING}/square/emaresume2"]
@@ -234,6 +234,18 @@ def test_the_official_normaliser_depends_on_the_layout(results):
     one, two = results["1"][f"single/{OFFICIAL}"], results["2"][f"ddp/{OFFICIAL}"]
     assert one["losses"][0] == pytest.approx(two["losses"][0], rel=1e-6), "nothing was learned yet"
     assert one["losses"][2] != pytest.approx(two["losses"][2], rel=1e-5)
+
+
+@pytest.mark.soak
+def test_ddp_with_the_other_reductions(tmp_path):
+    """Of two and of four copies."""
+    write_data(tmp_path)
+    cases = REDUCTIONS[1:]
+    ddp = [f"ddp/{case}" for case in cases]
+    found = run(tmp_path, [(1, [f"single/{case}" for case in cases]), (2, ddp), (4, ddp)], [])
+    for group in ("2", "4"):
+        for case in ddp:
+            check_same_steps(found[group][case], found["1"][alone(case)])
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""A run handed on between strategies and numbers of ranks, within a stage: FSDP, one process, FSDP, DDP, FSDP."""
+"""A run handed on between strategies and numbers of ranks, within a stage: FSDP, one process, DDP, FSDP."""
 
 import os
 import subprocess

@@ -12,6 +12,7 @@ the generators of Python, numpy and torch.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -27,6 +28,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from ivl_lightning.callbacks.exact_resume import ExactResume
 from ivl_lightning.callbacks.preemption import PreemptedError, Preemption
@@ -138,7 +140,8 @@ def train(meta: Path, out: Path, layout: Layout, kill: Kill | None) -> dict[str,
         gradient_clip_val=1.0,
         val_check_interval=5 * PACKS // layout.ranks,
         check_val_every_n_epoch=None,
-        logger=False,
+        logger=CSVLogger(out, name="csv", flush_logs_every_n_steps=1),
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -210,7 +213,16 @@ def run(meta: Path, out: Path, layout: Layout, kills: list[Kill]) -> dict[str, A
     weights = torch.load(out / f"{layout.ranks}.pt", weights_only=True)[""]["weights"]
     kept = sorted(path.name for path in out.glob("checkpoints/*"))
     told = [asdict(kill) for kill in kills]
-    return {"begins": begins, "codes": codes, "lines": lines, "weights": weights, "kept": kept, "kills": told}
+    rows = [row for path in out.glob("csv/*/metrics.csv") for row in csv.DictReader(path.open())]
+    return {
+        "begins": begins,
+        "codes": codes,
+        "lines": lines,
+        "weights": weights,
+        "kept": kept,
+        "kills": told,
+        "logged": sorted({int(row["step"]) for row in rows if row["train/loss"]}),
+    }
 
 
 def read(path: Path) -> list[Any]:

@@ -58,6 +58,7 @@ def test_one_process(arguments: list[str], tmp_path: Path) -> None:
     assert sorted(again) == before, "neither checkpoints nor logs were touched"
 
 
+@pytest.mark.soak
 def test_a_step_of_a_later_epoch(arguments: list[str], tmp_path: Path) -> None:
     """The first step of the second epoch from the checkpoint at the end of the first, and the next one from there too.
 

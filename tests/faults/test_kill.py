@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.commands import kill_behind, own_arguments, train
 
 STEPS = 12
@@ -18,6 +20,7 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
+@pytest.mark.soak
 def test_killed_and_started_again(tmp_path):
     """Losses of every step equal those of a run that was never killed; the second start does not begin at step 0."""
     options = [

@@ -52,11 +52,12 @@ def check(found, case):
 
 
 def check_signal(found, case, step):
-    """All ranks end with exit code 75 behind the same step, and no micro-batch is trained twice."""
+    """All ranks end with exit code 75 behind the same step; no micro-batch is trained twice, each step is logged."""
     ranks = LAYOUTS[case.partition(":")[0]].ranks
     for run in found["killed"]:
         assert run["codes"] == [[75] * ranks, [0] * ranks]
         assert run["begins"] == [0, step]
+        assert run["logged"] == list(range(STEPS))
         assert all(len(lines) == STEPS * PACKS // ranks for lines in run["lines"].values())
 
 

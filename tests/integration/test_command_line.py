@@ -29,6 +29,7 @@ def test_a_multirun_with_wandb_offline(own, tmp_path):
         assert list(stage.glob("csv/version_0/metrics.csv"))
 
 
+@pytest.mark.soak
 def test_fsdp_on_two_ranks_and_then_one_stage_from_its_weights(own, tmp_path):
     """Two gloo ranks train one step sharded; what they write starts another run on one process."""
     sharded = train(*own, f"run_dir={tmp_path}/a", "strategy=fsdp", "trainer.devices=2")

@@ -116,6 +116,7 @@ def test_a_launching_process_that_is_killed_takes_the_run_along(own, tmp_path):
     os.kill(other.ppid(), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
+    assert "error: ranks [1] do not answer any more" in errors
     assert "stage vit_incremental failed" in errors
     assert not mine.is_running()
     assert not other.is_running()
