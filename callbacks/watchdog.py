@@ -188,7 +188,7 @@ class _Watch:
         self._ended.set()
         self._thread.join()
         # It may have gone on and ended between two heartbeats.
-        self._look()
+        self._tell_if_moved(time.monotonic() - self._phase[2])
         own = self._heartbeats / f"rank-{self._trainer.global_rank}.json"
         own.unlink(missing_ok=True)
         # Not empty while other ranks are at work.
@@ -211,12 +211,16 @@ class _Watch:
     def _look(self) -> None:
         beat = self._write()
         stalled = beat.seconds > self._limit and beat.phase not in _UNLIMITED
-        if self._told_at and not stalled:
-            _log.warning("rank %d goes on", beat.rank)
-            self._told_at = 0.0
+        self._tell_if_moved(beat.seconds)
         if stalled and beat.seconds > self._told_at + self._limit:
             self._told_at = beat.seconds
             self._tell(beat)
+
+    def _tell_if_moved(self, seconds: float) -> None:
+        """Say so, if the rank has stalled and does something new."""
+        if self._told_at and seconds < self._told_at:
+            _log.warning("rank %d goes on", self._trainer.global_rank)
+            self._told_at = 0.0
 
     def _write(self) -> Heartbeat:
         """This moment's heartbeat, also on disk."""

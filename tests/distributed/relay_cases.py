@@ -27,7 +27,7 @@ from tests.distributed.preference_cases import fork_group, wait
 
 STAGES = {"all": InstructionTuning, "frozen": MLPWarmup}
 LEGS = (("fsdp", 2, 1), ("single", 1, 2), ("ddp", 2, 3), ("fsdp", 2, 5))
-"""Strategy, ranks, and the step behind which it stops. Steps 3 and 4 lie on either side of an epoch's end."""
+"""Strategy, ranks, and the step behind which it stops. The last leg goes on from an epoch's end."""
 
 
 class Losses(Callback):
