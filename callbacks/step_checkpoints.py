@@ -83,14 +83,15 @@ class StepCheckpoints(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A save that goes on is worth waiting for; if it fails too, the run's own fault counts."""
         try:
-            self.finish(trainer)
+            # Without the other ranks, which may know of no fault.
+            _finish_saving(trainer)
         except Exception:
             _log.exception("the last checkpoint was not finished")
 
     def finish(self, trainer: L.Trainer) -> None:
-        """Wait for a save that goes on behind training; every rank must call it."""
-        if isinstance(trainer.strategy, FolderCheckpoints):
-            trainer.strategy.finish_saving()
+        """Wait until a save that goes on behind training counts; every rank must call it."""
+        _finish_saving(trainer)
+        trainer.strategy.barrier()
         self._prune(trainer)
 
     def _prune(self, trainer: L.Trainer) -> None:
@@ -105,3 +106,8 @@ class StepCheckpoints(Checkpoint):
         whole = [path for path in older if is_complete(path)]
         for path in set(older) - set(whole[-self.keep :]):
             remove(path)
+
+
+def _finish_saving(trainer: L.Trainer) -> None:
+    if isinstance(trainer.strategy, FolderCheckpoints):
+        trainer.strategy.finish_saving()

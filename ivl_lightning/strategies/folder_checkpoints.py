@@ -104,22 +104,14 @@ class FolderCheckpoints(Strategy):
         self._pending = _then(pending, lambda metadata: self._complete(path, metadata, meta))
 
     def finish_saving(self) -> None:
-        """Wait for a save that goes on behind training; every rank must call it.
+        """Wait for this rank's part in a save that goes on behind training; the first rank marks the whole.
 
         Raises:
             CheckpointException, OSError: it could not be written.
         """
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        pending.result()
-        # The other ranks know that their own parts are written; the first one marks the whole.
-        self.barrier()
-
-    @property
-    def is_saving(self) -> bool:
-        """Whether a save goes on behind training, as far as this rank knows."""
-        return self._pending is not None and not self._pending.done()
+        if pending is not None:
+            pending.result()
 
     def _complete(self, path: Path, metadata: Metadata, meta: bytes) -> None:
         """Write what is no tensor; then the folder counts. All ranks have written their parts by now."""

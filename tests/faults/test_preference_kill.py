@@ -5,6 +5,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests import tiny
 from tests.commands import kill_behind, own_arguments, train
 
@@ -28,6 +30,7 @@ def scored(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.glob("reference-*/*.parquet")}
 
 
+@pytest.mark.soak
 def test_killed_and_started_again(tmp_path, monkeypatch):
     """Every step's loss, shift and rewards equal those of a run that was never killed, to the last printed digit.
 

@@ -25,7 +25,9 @@ def test_a_multirun_with_wandb_offline(own, tmp_path):
         stage = tmp_path / str(job) / "instruction_tuning"
         assert json.loads((stage / "done.json").read_text())["steps"] == 1
         assert f"lr: {lr}" in (stage / "config.yaml").read_text()
-        assert list(stage.glob("wandb/offline-run-*/run-*.wandb"))
+        (run,) = stage.glob("wandb/offline-run-*/run-*.wandb")
+        # A stage that goes on logs to the run it has begun.
+        assert run.stem == f"run-{(stage / 'wandb_id.txt').read_text()}"
         assert list(stage.glob("csv/version_0/metrics.csv"))
 
 
