@@ -35,6 +35,20 @@ def train(*arguments: str, threads: int = 1, timeout: int = 400) -> subprocess.C
     )
 
 
+def run_module(name: str, *arguments: object, timeout: int, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """A module of the tests as a program, in a process of its own or as ranks of torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *torchrun, "-m", name, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
     """Start a run and kill its processes (SIGKILL) once a checkpoint of this pattern stands; no stage is finished.
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.commands import ROOT
+from tests.commands import run_module
 
 
 def run_cases(module: str, folder: Path, cases: Mapping[int, Sequence[str]], *, timeout: int) -> dict[str, Any]:
@@ -24,15 +21,7 @@ def run_cases(module: str, folder: Path, cases: Mapping[int, Sequence[str]], *, 
         timeout: seconds after which ranks that hang are ended.
     """
     sizes = (f"{size}:{','.join(names)}" for size, names in cases.items())
-    process = subprocess.run(
-        [sys.executable, "-m", f"tests.distributed.{module}", str(folder), *sizes],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    process = run_module(f"tests.distributed.{module}", folder, *sizes, timeout=timeout)
     logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
     assert process.returncode == 0, process.stderr[-3000:]
     found: dict[str, Any] = {}

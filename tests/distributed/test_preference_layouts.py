@@ -1,14 +1,12 @@
 """Preference training is the same on any layout: 1 rank x 4 packs, 2 x 2 and 4 x 1, DDP and FSDP2, on gloo ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.commands import run_module
 
 ROOT = Path(__file__).parents[2]
 SINGLE = ["single/cached/whole", "single/online/whole", "single/online/one_pack"]
@@ -45,18 +43,8 @@ def groups(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preferences")
     meta = tiny.write_tiny_pairs(folder / "data")
     cases = {1: SINGLE, 2: TWO_RANKS, 4: FOUR_RANKS}
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.distributed.preference_cases", str(meta), str(folder)),
-            *(f"{size}:{','.join(names)}" for size, names in cases.items()),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    sizes = (f"{size}:{','.join(names)}" for size, names in cases.items())
+    process = run_module("tests.distributed.preference_cases", meta, folder, *sizes, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
     return {size: Group(folder, size) for size in cases}
 

@@ -1,14 +1,12 @@
 """A run handed on between strategies and numbers of ranks, within a stage: FSDP, one process, DDP, FSDP."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.commands import run_module
 from tests.distributed.relay_cases import LEGS, STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -17,15 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("relay")
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.relay_cases", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    process = run_module("tests.distributed.relay_cases", folder, timeout=240)
     logs = "".join(path.read_text()[-2000:] for path in folder.glob("*/*.log"))
     assert process.returncode == 0, process.stderr[-3000:] + logs
     return torch.load(folder / "results.pt", weights_only=True)

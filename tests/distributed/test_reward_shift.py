@@ -1,14 +1,12 @@
 """The running reward shift over two gloo ranks: the official mean, and one that does not depend on the layout."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from ivl_lightning.losses.quality import BCOPair
+from tests.commands import run_module
 from tests.distributed.shift_cases import RANKS, STEPS, follow, random_batch
 
 ROOT = Path(__file__).parents[2]
@@ -24,16 +22,7 @@ WORKED = [
 def results(tmp_path_factory):
     """Both ranks start once and loop over their cases."""
     out = tmp_path_factory.mktemp("shift") / "results.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    process = subprocess.run(
-        [*launcher, "-m", "tests.distributed.shift_cases", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    process = run_module("tests.distributed.shift_cases", out, timeout=120, ranks=RANKS)
     assert process.returncode == 0, process.stderr[-4000:]
     return torch.load(out, weights_only=True)
 

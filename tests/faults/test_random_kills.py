@@ -4,14 +4,12 @@ See `kill_cases`: one process, DDP and FSDP on two gloo ranks, loader workers, a
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import run_module
 from tests.faults.kill_cases import LAYOUTS, PACKS, STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -19,15 +17,7 @@ FEW = ("single:1:2", "ddp:1:signal", "behind:1:2")
 
 
 def results(folder, seed, *cases, timeout):
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill_cases", str(folder), str(seed), *cases],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    process = run_module("tests.faults.kill_cases", folder, seed, *cases, timeout=timeout)
     assert process.returncode == 0, f"seed {seed}: {process.stderr[-6000:]}"
     return json.loads((folder / "results.json").read_text())
 

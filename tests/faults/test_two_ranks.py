@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.commands import ROOT
+from tests.commands import run_module
 from tests.faults.bad_step_cases import STAGE
 from tests.faults.poisoned import ROW, check_file, check_same, poisoned_arguments
 from tests.faults.stall_cases import STALLED_ROW, slow_server
@@ -32,19 +29,11 @@ class Ended(NamedTuple):
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Both ranks are started once."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     data = folder / "stall/data"
     with slow_server(data, seconds=600.0) as address:
         tiny.write_tiny_data(data, root=address)
-        process = subprocess.run(
-            [*launcher, "-m", "tests.faults.two_rank_cases", str(folder), *poisoned_arguments(folder / "poisoned")],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        arguments = poisoned_arguments(folder / "poisoned")
+        process = run_module("tests.faults.two_rank_cases", folder, *arguments, timeout=240, ranks=2)
     assert (folder / "ranks.pt").is_file(), process.stderr[-4000:]
     seen = torch.load(folder / "ranks.pt", weights_only=True)
     return Ended(folder, seen, process.returncode, process.stderr)

@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from ivl_lightning.models.tokenizer import load_tokenizer
 from ivl_lightning.stages import reference as reference_pass
 from ivl_lightning.stages.mixed_preference import MixedPreference
 from tests import tiny
+from tests.commands import run_module
 
 ROOT = Path(__file__).parents[2]
 OTHER_TOKENIZER = ROOT / "tests/fixtures/conversation/qwen2_bytebpe"
@@ -411,15 +411,7 @@ def main() -> None:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.unit.test_reference_cache", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    run = run_module("tests.unit.test_reference_cache", folder, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder, json.loads((folder / "found.json").read_text())
 
