@@ -58,13 +58,14 @@ class Layout:
     ranks: int
     workers: int
     behind: bool = False
+    keep: int = 2
 
 
 LAYOUTS = {
     "single": Layout("single", 1, 2),
     "ddp": Layout("ddp", 2, 1),
     "fsdp": Layout("fsdp", 2, 0),
-    "behind": Layout("fsdp", 2, 0, behind=True),
+    "behind": Layout("fsdp", 2, 0, behind=True, keep=1),
 }
 
 
@@ -150,7 +151,7 @@ def train(meta: Path, out: Path, layout: Layout, kill: Kill | None) -> dict[str,
             ExactResume(),
             Recorder(out / f"rank{rank}.jsonl", kill),
             Preemption(),
-            StepCheckpoints(out / "checkpoints", every=EVERY, keep=2),
+            StepCheckpoints(out / "checkpoints", every=EVERY, keep=layout.keep),
         ],
     )
     found = newest_complete(out / "checkpoints")

@@ -26,19 +26,22 @@ def check(found, case):
     """Every micro-batch of every attempt has the loss, the samples and the random numbers of the unbroken run.
 
     A micro-batch that a kill has cost is trained twice, and both times alike; none is left out; and the weights at the
-    end are the same to the last bit. Two checkpoints are kept, and nothing that a save has left unfinished.
+    end are the same to the last bit. The newest checkpoints are kept, and nothing that a save has left unfinished; no
+    attempt begins before the one before it, so there never was a moment without a whole one.
     """
-    whole, ranks = found["whole"], LAYOUTS[case.partition(":")[0]].ranks
+    whole, layout = found["whole"], LAYOUTS[case.partition(":")[0]]
+    kept = ["step=00000006.ckpt", "step=00000008.ckpt"][-layout.keep :]
     for run in found["killed"]:
         shown = (case, run["kills"], run["begins"])
         assert run["weights"] == whole["weights"], shown
         for rank, lines in run["lines"].items():
             wanted = {tuple(key): values for key, *values in whole["lines"][rank]}
-            assert len(wanted) == len(whole["lines"][rank]) == STEPS * PACKS // ranks
+            assert len(wanted) == len(whole["lines"][rank]) == STEPS * PACKS // layout.ranks
             assert {tuple(key) for key, *_ in lines} == wanted.keys(), shown
             for key, *values in lines:
                 assert values == wanted[tuple(key)], (shown, rank, key)
-        assert run["kept"] == whole["kept"] == ["step=00000006.ckpt", "step=00000008.ckpt"], shown
+        assert run["kept"] == whole["kept"] == kept, shown
+        assert run["begins"] == sorted(run["begins"]), shown
 
 
 def check_signal(found, case, step):
