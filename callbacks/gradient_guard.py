@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-from ivl_lightning.callbacks.step_checkpoints import StepCheckpoints
+from ivl_lightning.callbacks.step_checkpoints import savers_of
 from ivl_lightning.stages.base import Stage
 from ivl_lightning.stages.step_record import StepGradients, StepRecord, StepWatch, bad_step_file, is_finite
 
@@ -57,8 +56,7 @@ class GradientGuard(StepWatch):
 
 def _keep_state(trainer: L.Trainer) -> bool:
     """Save what the finished steps have made, if somebody here saves; every rank must call it."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer's connector sets it
-    savers = [callback for callback in callbacks if isinstance(callback, StepCheckpoints)]
+    savers = savers_of(trainer)
     for saver in savers:
         saver.save(trainer)
     return bool(savers) and trainer.global_step > 0

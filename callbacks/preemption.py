@@ -15,7 +15,7 @@ import lightning as L
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
-from ivl_lightning.callbacks.step_checkpoints import StepCheckpoints
+from ivl_lightning.callbacks.step_checkpoints import savers_of
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE
 
 DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")
@@ -61,7 +61,7 @@ class Preemption(Checkpoint):
         Raises:
             ValueError: nothing among the trainer's callbacks could save.
         """
-        if self._signals and not _savers(trainer):
+        if self._signals and not savers_of(trainer):
             raise ValueError("Preemption saves with StepCheckpoints: give the trainer this callback too")
         self._handlers = {number: signal.signal(number, self._ask) for number in self._signals}
 
@@ -101,7 +101,7 @@ class Preemption(Checkpoint):
     def _save_if_asked(self, trainer: L.Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False):
             return
-        for checkpoints in _savers(trainer):
+        for checkpoints in savers_of(trainer):
             checkpoints.save(trainer)
             checkpoints.finish(trainer)
         name = self._asked_by or "a signal to another rank"
@@ -124,10 +124,6 @@ class Preemption(Checkpoint):
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
-
-
-def _savers(trainer: L.Trainer) -> list[StepCheckpoints]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoints)]
 
 
 def _exit_code(trainer: L.Trainer) -> int:

@@ -108,6 +108,11 @@ class StepCheckpoints(Checkpoint):
             remove(path)
 
 
+def savers_of(trainer: L.Trainer) -> list[StepCheckpoints]:
+    """Those among a trainer's callbacks."""
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StepCheckpoints)]
+
+
 def _finish_saving(trainer: L.Trainer) -> None:
     if isinstance(trainer.strategy, FolderCheckpoints):
         trainer.strategy.finish_saving()
