@@ -85,7 +85,7 @@ class StepCheckpoints(Checkpoint):
         try:
             # Without the other ranks, which may know of no fault.
             _finish_saving(trainer)
-        except Exception:
+        except Exception:  # logged whole; raised, it would hide what has ended the run
             _log.exception("the last checkpoint was not finished")
 
     def finish(self, trainer: L.Trainer) -> None:
