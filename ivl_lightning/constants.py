@@ -44,6 +44,12 @@ CHECKPOINTS_FOLDER = "checkpoints"
 DONE_NAME = "done.json"
 """What marks a stage's folder as finished."""
 
+METRICS_NAME = "metrics.jsonl"
+"""What a stage has logged, in its folder."""
+
+TILE_CURVE_NAME = "tile_curve.json"
+"""Where a stage writes what its model scores at several tile limits, in its folder."""
+
 PREEMPTED_EXIT_CODE = 75
 """Of a run that has saved and stopped on request: EX_TEMPFAIL of sysexits.h, "try again later"."""
 

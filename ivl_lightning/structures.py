@@ -363,7 +363,8 @@ class PromptBatch(Movable):
 
     Attributes:
         input_ids, attention_mask: `[B, L]`.
-        pixel_values: uint8 `[N, 3, S, S]`; N may be 0.
+        pixel_values: uint8 `[N, 3, S, S]`, row after row; N may be 0.
+        tiles: how many of them each row has.
         expected: the answer in the data, one per row.
         records: where each row stands.
         counted: false for rows that only keep ranks in step.
@@ -372,6 +373,7 @@ class PromptBatch(Movable):
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor
+    tiles: tuple[int, ...]
     expected: tuple[str, ...]
     records: tuple[Record, ...]
     counted: tuple[bool, ...]
@@ -379,9 +381,26 @@ class PromptBatch(Movable):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One generated answer beside the expected one, for scores, sample cards and the report."""
+    """One generated answer beside the expected one, for scores, sample cards and the report.
+
+    Attributes:
+        record: the row that was answered.
+        question: its last one, as written in the data.
+        expected: the answer in the conversation.
+        truths: answers that count as right: the row's `answers`, else the expected one.
+        generated: text, without blanks at both ends.
+        tokens: generated, without the end marker.
+        cut_off: whether it ran to the limit of tokens.
+        prompt_tokens: tokens before the answer, those of the pictures included.
+        tiles: of the row's pictures.
+    """
 
     record: Record
     question: str
     expected: str
+    truths: tuple[str, ...]
     generated: str
+    tokens: int
+    cut_off: bool
+    prompt_tokens: int
+    tiles: int

@@ -47,6 +47,16 @@ def unknown_key(path: Sequence[str]) -> str | None:
     return None
 
 
+def is_group(key: str) -> bool:
+    """Whether a dotted key below `RunConfig` is a group of settings, and no setting whose value is a mapping."""
+    if "." not in key:
+        return True
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = _fields(kind).get(part)
+    return bool(_fields(kind))
+
+
 def _describe(kind: type, fault: Any) -> str:
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location)

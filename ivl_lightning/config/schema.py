@@ -29,6 +29,16 @@ Schedule = Literal["cosine", "constant"]
 PixelShuffle = Literal["v1", "v2"]
 Entry = Literal["mlp_warmup", "vit_incremental"]
 CarriedProjector = Literal["match", "new"]
+Metric = Literal[
+    "exact_match",
+    "exact_match_ignore_case",
+    "vqa_score",
+    "anls",
+    "relaxed_accuracy",
+    "multiple_choice",
+    "number_match",
+    "box_accuracy",
+]
 
 
 def _unset_by_part() -> dict[Part, float | None]:
@@ -226,17 +236,19 @@ class LossConfig(Strict):
     """The loss head.
 
     Attributes:
-        _target_: the head.
+        _target_: the head: `NextTokenLoss`, or a subclass of your own (docs/extending.md).
         reduction: how labels of long and short answers are weighed.
         normaliser: `step` divides by the whole step's weights; `micro_batch` (official with all-gather) and
             `micro_batch_local` (official without) divide each micro-batch by its own.
         chunk_rows: supervised tokens whose logits exist at one time.
+        options: further arguments of a head of your own; null for none.
     """
 
     _target_: str = "ivl_lightning.losses.next_token.NextTokenLoss"
     reduction: Reduction = "square"
     normaliser: Normaliser = "step"
     chunk_rows: int = 4096
+    options: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -322,6 +334,29 @@ class OptimConfig(Strict):
 
 
 @dataclass(kw_only=True)
+class EvalConfig(Strict):
+    """How answers are scored in validation; docs/evaluation.md has the metrics.
+
+    Attributes:
+        metric: of datasets that name none in their entry of meta.json.
+        metrics: dataset -> its metric, in the place of that of its entry; null for none.
+        max_tiles: tile limits at which the answered rows are answered once more at the end of the stage, for a curve
+            of score over tokens; null for none.
+        probe_rows: rows of a fixed probe set that is answered again and again, for sample cards; 0 for none.
+        probe_every_n_steps: steps between two of its answers besides validations; null answers it with validations
+            only.
+        probe_meta: meta.json of the probe set; null takes the first answered validation rows.
+    """
+
+    metric: Metric = "exact_match"
+    metrics: dict[str, Metric] | None = None
+    max_tiles: list[int] | None = None
+    probe_rows: int = 12
+    probe_every_n_steps: int | None = None
+    probe_meta: str | None = None
+
+
+@dataclass(kw_only=True)
 class TrainerConfig(Strict):
     """How long and on what.
 
@@ -392,10 +427,13 @@ class StrategyConfig(Strict):
 
 @dataclass(kw_only=True)
 class LauncherConfig(Strict):
-    """Where the command runs: here, or as a job of Slurm.
+    """Where the command runs: here, or as a job of Slurm; of a multirun each job.
 
     Attributes:
-        name: `none` runs here, or on the ranks that torchrun or srun has started; `slurm` submits the command.
+        name: `none` runs here, or on the ranks that torchrun or srun has started, jobs of a multirun one after the
+            other; `local` is the same with jobs of a multirun side by side; `slurm` submits the command, or each job.
+        jobs: jobs of a multirun that run side by side under `local`; null is as many as the GPUs allow, each with
+            `trainer.devices` of them, or one where they run on the CPU.
         nodes: machines of the job; as many as `trainer.num_nodes`.
         tasks_per_node: processes on each of them; as many as `trainer.devices`.
         gpus_per_node: GPUs of each machine; 0 for none.
@@ -412,7 +450,8 @@ class LauncherConfig(Strict):
         folder: of the job's script and logs; null is `RUN/slurm`.
     """
 
-    name: Literal["none", "slurm"] = "none"
+    name: Literal["none", "local", "slurm"] = "none"
+    jobs: int | None = None
     nodes: int = 1
     tasks_per_node: int = 1
     gpus_per_node: int = 0
@@ -427,6 +466,22 @@ class LauncherConfig(Strict):
     requeue: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig(Strict):
+    """The score of a run, by which jobs of a multirun or of a sweep are compared.
+
+    Attributes:
+        metric: logged name; null takes the first that there is of val/score, val/exact_match, val/reward_accuracy and
+            val/loss.
+        goal: `maximize` or `minimize`; null minimizes what ends in `loss` and maximizes anything else.
+        stage: whose last validation counts; null is the last stage.
+    """
+
+    metric: str | None = None
+    goal: Literal["maximize", "minimize"] | None = None
+    stage: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -495,11 +550,14 @@ class RunConfig(Strict):
         lora: adapters that train in place of a part's weights.
         scaling: where the vision tower comes from.
         optim: optimizer and schedule.
+        eval: how answers are scored in validation.
         trainer: length, devices, precision.
         strategy: how ranks share the work.
         callbacks: name -> `_target_` and arguments of a Lightning callback; null leaves one out.
-        logger: name -> `_target_` and arguments of a Lightning logger.
+        logger: name -> `_target_` and arguments of a Lightning logger; `logger=[csv,wandb]` takes several files of the
+            group. `metrics.jsonl` is always written.
         launcher: where the command runs.
+        objective: the score by which runs are compared.
         recipe: the chain this stage was taken from.
     """
 
@@ -515,6 +573,7 @@ class RunConfig(Strict):
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     stages: list[str | int | float] | None = None
     init_from: str | None = None
     dry_run: bool = False
@@ -523,4 +582,5 @@ class RunConfig(Strict):
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     logger: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ivl_lightning.config.check import ConfigError
+from ivl_lightning.config.loggers import logger_faults
 from ivl_lightning.config.lora import lora_faults
 from ivl_lightning.config.schema import RunConfig, StrategyConfig
 
@@ -14,7 +15,14 @@ def validate(config: RunConfig) -> None:
         ConfigError: lists every contradiction, with both values and what to do.
     """
     faults = [*_length_faults(config), *_strategy_faults(config), *_data_faults(config), *_model_faults(config)]
-    faults += [*lora_faults(config), *_scaling_faults(config), *_launcher_faults(config)]
+    faults += [
+        *_eval_faults(config),
+        *_probe_faults(config),
+        *lora_faults(config),
+        *_scaling_faults(config),
+        *_launcher_faults(config),
+        *logger_faults(config.logger),
+    ]
     if config.replay is not None and config.replay < 0:
         faults.append(f"replay={config.replay} is a number of finished steps, 0 for the first step, or null to train")
     faults += _preference_faults(config) if config.stage.rows == "pairs" else _batch_faults(config)
@@ -118,6 +126,28 @@ def _data_faults(config: RunConfig) -> list[str]:
     return faults
 
 
+def _eval_faults(config: RunConfig) -> list[str]:
+    limits, rows = config.eval.max_tiles, config.data.generation_rows
+    if limits is None:
+        return []
+    faults = []
+    if not limits or min(limits) < 1 or len(set(limits)) < len(limits):
+        faults.append(f"eval.max_tiles={limits} must be different numbers of at least 1, or null for no curve")
+    if rows == 0:
+        faults.append(f"eval.max_tiles={limits} answers the rows of data.generation_rows={rows}: raise that, or null")
+    return faults
+
+
+def _probe_faults(config: RunConfig) -> list[str]:
+    rows, every = config.eval.probe_rows, config.eval.probe_every_n_steps
+    faults = []
+    if rows < 0:
+        faults.append(f"eval.probe_rows={rows} must be at least 1, or 0 to ask nothing")
+    if every is not None and every < 1:
+        faults.append(f"eval.probe_every_n_steps={every} must be at least 1, or null to ask with validations only")
+    return faults
+
+
 def _batch_faults(config: RunConfig) -> list[str]:
     batch, packs = config.data.batch_samples, config.data.packs_per_step
     if batch is None or 1 <= packs <= batch:
@@ -160,7 +190,9 @@ def _preference_faults(config: RunConfig) -> list[str]:
 
 def _launcher_faults(config: RunConfig) -> list[str]:
     launcher, trainer = config.launcher, config.trainer
-    if launcher.name == "none":
+    if launcher.jobs is not None and launcher.jobs < 1:
+        return [f"launcher.jobs={launcher.jobs} must be at least 1, or null for as many as the GPUs allow"]
+    if launcher.name != "slurm":
         return []
     faults = []
     if (launcher.nodes, launcher.tasks_per_node) != (trainer.num_nodes, trainer.devices):

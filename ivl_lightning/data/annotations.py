@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from ivl_lightning.config.schema import Metric
 from ivl_lightning.data.json_spans import RowSpan, row_spans
 from ivl_lightning.data.locations import url_scheme
 from ivl_lightning.structures import RowError
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 _REQUIRED_KEYS = ("root", "annotation", "data_augment", "repeat_time")
-_OPTIONAL_KEYS = ("max_dynamic_patch", "length")
+_OPTIONAL_KEYS = ("max_dynamic_patch", "length", "metric")
 _KEYS = _REQUIRED_KEYS + _OPTIONAL_KEYS
+
+METRIC_NAMES: tuple[Metric, ...] = get_args(Metric)
 
 
 class MetaError(ValueError):
@@ -50,6 +53,7 @@ class DatasetSpec:
         data_augment: whether tiles are degraded by JPEG in training.
         repeat_time: how often the rows are seen in an epoch; a fraction takes a part of them.
         max_dynamic_patch: most grid tiles of a sample of this dataset; None for the run's `data.max_tiles`.
+        metric: by which its answers are scored in validation; None for the run's `eval.metric`.
     """
 
     name: str
@@ -58,6 +62,7 @@ class DatasetSpec:
     data_augment: bool
     repeat_time: float
     max_dynamic_patch: int | None = None
+    metric: Metric | None = None
 
 
 def read_meta(path: str | Path) -> tuple[DatasetSpec, ...]:
@@ -125,6 +130,7 @@ def _dataset(file: Path, name: str, entry: object) -> DatasetSpec:
         data_augment=_boolean(place, "data_augment", entry["data_augment"]),
         repeat_time=_repeat_time(place, entry["repeat_time"]),
         max_dynamic_patch=_max_dynamic_patch(place, entry.get("max_dynamic_patch")),
+        metric=_metric(place, entry.get("metric")),
     )
 
 
@@ -186,6 +192,15 @@ def _max_dynamic_patch(place: str, value: object) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _wrong(place, "max_dynamic_patch", value, "a whole number of at least 1 (or no such key)")
     return value
+
+
+def _metric(place: str, value: object) -> Metric | None:
+    if value is None:
+        return None
+    for name in METRIC_NAMES:
+        if value == name:
+            return name
+    raise _wrong(place, "metric", value, f"one of {', '.join(METRIC_NAMES)} (or no such key)")
 
 
 def _wrong(place: str, key: str, value: object, expected: str) -> MetaError:

@@ -92,6 +92,7 @@ def pad_prompts(
         input_ids=torch.tensor([[pad_id] * pad + ids for (ids, _), pad in zip(prompts, padding, strict=True)]),
         attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding]),
         pixel_values=all_tiles([tiles for _, tiles in prompts], tile_size),
+        tiles=tuple(0 if tiles is None else len(tiles) for _, tiles in prompts),
         expected=tuple(expected),
         records=tuple(records),
         counted=tuple(counted),

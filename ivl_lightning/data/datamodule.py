@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ from weakref import ref
 
 import lightning as L
 import torch
-from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.config.schema import DataConfig
-from ivl_lightning.data.annotations import media_of
+from ivl_lightning.data.annotations import DatasetSpec
 from ivl_lightning.data.corpus import Corpus, hold_back, read_corpus
 from ivl_lightning.data.dataset import PackDataset, PromptDataset, generation_rows, prompt_groups
 from ivl_lightning.data.encoding import EncoderFactory, RowEncoder, encoder_factory
@@ -25,14 +25,15 @@ from ivl_lightning.data.horizon import Horizon
 from ivl_lightning.data.layout import tokens_per_tile
 from ivl_lightning.data.ledger import Ledger
 from ivl_lightning.data.loader_signals import leave_signals_to_parent
-from ivl_lightning.data.media import MediaReader
 from ivl_lightning.data.plan import DEFAULT_COST, Cost, accumulation, fixed_plan
 from ivl_lightning.data.ranks import check_agreement, gathered
 from ivl_lightning.data.sampler import FixedSampler, PlannedLoader, StreamSampler, Waiting, whole_item
 from ivl_lightning.data.stream import TrainingStream, plan_settings
 from ivl_lightning.data.templates import stop_ids
+from ivl_lightning.data.tile_limits import encoded_by, rows_that_fit
+from ivl_lightning.data.truths import check_truths
 from ivl_lightning.models.tokenizer import filler_id
-from ivl_lightning.structures import PackedBatch, PreferenceBatch, PromptBatch, Record, Reject
+from ivl_lightning.structures import PackedBatch, PreferenceBatch, PromptBatch, Reject
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -52,8 +53,13 @@ class DynamicPackingDataModule(L.LightningDataModule):
         downsample_ratio: of the pixel unshuffle.
         cost: the model's work per token, per squared document length, per tile (`models.cost.forward_cost`); packs of
             like cost run side by side.
+        tile_limits: in a test the answered rows are answered at each of these (`eval.max_tiles`).
         look_again: look again at rows of a cached index whose media could not be read. Not where a run goes on from a
             checkpoint: its epoch ends with the rows it began with.
+
+    Attributes:
+        rows_at_limits: rows of `answer_corpus` that a test answers at every tile limit.
+        left_out_at_limits: how many others there are, by reason.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class DynamicPackingDataModule(L.LightningDataModule):
         patch_size: int = 14,
         downsample_ratio: float = 0.5,
         cost: Cost = DEFAULT_COST,
+        tile_limits: Sequence[int] = (),
         look_again: bool = False,
     ) -> None:
         super().__init__()
@@ -75,6 +82,9 @@ class DynamicPackingDataModule(L.LightningDataModule):
         self.seed = seed
         self.tile_tokens = tokens_per_tile(config.tile_size, patch_size, downsample_ratio)
         self.cost = cost
+        self.tile_limits = tuple(sorted(tile_limits))
+        self.rows_at_limits: list[int] = []
+        self.left_out_at_limits: dict[str, int] = {}
         self.look_again = look_again
         self.reduction = "square"
         self.ledger = Ledger(None)
@@ -117,6 +127,8 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def _set_up(self, stage: str) -> None:
         if self.train_corpus is None:
             self._measure()
+            if self.answer_corpus is not None and self._rank == 0:
+                check_truths(self.answer_corpus, self.answered_rows)
         if self.trainer is not None:
             self.reduction = getattr(self.trainer.lightning_module, "reduction", self.reduction)
             if stage == "fit":
@@ -164,6 +176,14 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def read_answers(self, *, progress: bool, look_again: bool = False) -> Corpus | None:
         """Rows that are answered in validation besides those of `read_corpora`; None where there are no others."""
         return None
+
+    def read_conversations(self, meta: str) -> Corpus:
+        """Rows of another meta.json, measured as those that validation answers, or from the cache; see `read_corpus`.
+
+        Raises:
+            ValueError: as `read_corpus`.
+        """
+        return self._read(meta, self._factory(RowEncoder, training=False), progress=False, look_again=False)
 
     def _read(self, meta: str, encoder: EncoderFactory, progress: bool, look_again: bool) -> Corpus:
         return read_corpus(
@@ -271,13 +291,45 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return [self._loader(self._val_dataset(corpus), FixedSampler(packs)), *self._prompt_loaders()]
 
     def _prompt_loaders(self) -> list[DataLoader[Any]]:
-        corpus, config = self.answer_corpus, self.config
-        rows = [] if corpus is None or len(corpus) == 0 else generation_rows(corpus, config.generation_rows)
+        corpus, rows = self.answer_corpus, self.answered_rows
         if corpus is None or not rows:
             return []
-        groups = prompt_groups(rows, size=config.generation_batch, rank=self._rank, world_size=self._world_size)
-        prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=config.tile_size)
-        return [self._loader(prompts, FixedSampler(groups))]
+        return [self._prompt_loader(corpus, rows, self.config.generation_batch)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Prompts of the answered rows at each tile limit: those rows that can be used at every one."""
+        corpus = self.answer_corpus
+        if corpus is None or not self.tile_limits:
+            return []
+        corpora = [encoded_by(corpus, self._encoder_at(limit)) for limit in self.tile_limits]
+        # One looks for all: ranks that see different files would wait for each other.
+        found = rows_that_fit(corpora, self.answered_rows) if self._rank == 0 else ([], {})
+        if self.trainer is not None:
+            found = self.trainer.strategy.broadcast(found)
+        self.rows_at_limits, self.left_out_at_limits = found
+        if not self.rows_at_limits:
+            return []
+        return [
+            self._prompt_loader(limited, self.rows_at_limits, self._batch_at(limit))
+            for limited, limit in zip(corpora, self.tile_limits, strict=True)
+        ]
+
+    def _encoder_at(self, limit: int) -> EncoderFactory:
+        """Of answered rows at a tile limit; a row beyond the caps, or the model's context, is refused."""
+        room = None if self.trainer is None else getattr(self.trainer.lightning_module, "prompt_room", None)
+        tokens = self.config.max_tokens if room is None else min(self.config.max_tokens, room)
+        config = replace(self.config, val_max_tiles=limit, max_tokens=tokens, over_length="reject")
+        return self._factory(RowEncoder, training=False, config=config)
+
+    def _batch_at(self, limit: int) -> int:
+        """Questions side by side at a tile limit: no more tiles than in validation."""
+        size = self.config.generation_batch
+        return max(1, min(size, size * (self.config.val_max_tiles + 1) // (limit + 1)))
+
+    def _prompt_loader(self, corpus: Corpus, rows: Sequence[int], size: int) -> PlannedLoader:
+        groups = prompt_groups(rows, size=size, rank=self._rank, world_size=self._world_size)
+        prompts = PromptDataset(corpus, pad_id=self.filler_id, tile_size=self.config.tile_size)
+        return self._loader(prompts, FixedSampler(groups))
 
     def _train_dataset(self, corpus: Corpus) -> Dataset[Any]:
         options = {**self._dataset_options, "left_out": self.ledger.left_out}
@@ -377,32 +429,28 @@ class DynamicPackingDataModule(L.LightningDataModule):
         return self.val_corpus
 
     @property
-    def answered_datasets(self) -> tuple[str, ...]:
+    def answered_datasets(self) -> tuple[DatasetSpec, ...]:
         """Datasets with validation rows that are answered by generation, on any rank; empty without validation."""
+        return self._datasets_of(self.answered_rows)
+
+    @property
+    def datasets_at_limits(self) -> tuple[DatasetSpec, ...]:
+        """Datasets of `rows_at_limits`."""
+        return self._datasets_of(self.rows_at_limits)
+
+    def _datasets_of(self, rows: Sequence[int]) -> tuple[DatasetSpec, ...]:
+        corpus = self.answer_corpus
+        if corpus is None:
+            return ()
+        return tuple(corpus.specs[number] for number in sorted({corpus.dataset_of(row) for row in rows}))
+
+    @property
+    def answered_rows(self) -> tuple[int, ...]:
+        """Rows of `answer_corpus` that are answered by generation in each validation, on any rank."""
         corpus = self.answer_corpus
         if corpus is None or len(corpus) == 0:
             return ()
-        numbers = {corpus.dataset_of(row) for row in generation_rows(corpus, self.config.generation_rows)}
-        return tuple(corpus.specs[number].name for number in sorted(numbers))
-
-    def media_path(self, dataset: str, path: str) -> str:
-        """Where a validation row's picture lies, for cards and reports."""
-        return self._val_reader(dataset).resolve(path)
-
-    def middle_frame(self, record: Record) -> Image:
-        """The frame in the middle of a validation row's video, for cards and reports.
-
-        Raises:
-            MediaError: the video cannot be read.
-        """
-        media, reader = media_of(record.row), self._val_reader(record.dataset)
-        assert media.video is not None
-        header = reader.video_header(media.video, media.clip)
-        return reader.load_frames(media.video, [header.frames // 2], media.clip)[0]
-
-    def _val_reader(self, dataset: str) -> MediaReader:
-        assert self.answer_corpus is not None
-        return next(encoder.reader for encoder in self.answer_corpus.encoders if encoder.spec.name == dataset)
+        return tuple(generation_rows(corpus, self.config.generation_rows))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -443,9 +491,11 @@ class DynamicPackingDataModule(L.LightningDataModule):
     def _encoder(self, *, training: bool) -> EncoderFactory:
         return self._factory(RowEncoder, training=training)
 
-    def _factory(self, encoder: type[RowEncoder], *, training: bool) -> EncoderFactory:
+    def _factory(
+        self, encoder: type[RowEncoder], *, training: bool, config: DataConfig | None = None
+    ) -> EncoderFactory:
         return encoder_factory(
-            self.config,
+            config or self.config,
             self.tokenizer,
             template=self.template,
             tile_tokens=self.tile_tokens,

@@ -169,7 +169,7 @@ class RowEncoder:
             return layout.ids_and_labels()[0], self._frame_tiles(media, header, len(layout.tiles), None)
         images = [self.reader.load_image(path) for path in media.images]
         row = self._tokenize(record, len(images), tokenize)
-        layout = self._lay_out_images(row, [image.size for image in images], self._max_tiles(len(images)))
+        layout = self._lay_out_images(row, [image.size for image in images], self.tile_limit(len(images)))
         return layout.ids_and_labels()[0], self._image_tiles(images, layout.limit)
 
     def _retried(self, read: Callable[[], Result]) -> Result:
@@ -194,7 +194,7 @@ class RowEncoder:
 
     def _image_layout(self, record: Record, sizes: Sequence[tuple[int, int]]) -> Layout:
         row = self._tokenize(record, len(sizes))
-        return fit(partial(self._lay_out_images, row, sizes), self._max_tiles(len(sizes)), self.settings)
+        return fit(partial(self._lay_out_images, row, sizes), self.tile_limit(len(sizes)), self.settings)
 
     def _lay_out_images(self, row: TokenizedRow, sizes: Sequence[tuple[int, int]], max_tiles: int) -> Layout:
         tiling = self.settings.tiling(max_tiles)
@@ -204,7 +204,8 @@ class RowEncoder:
     def _layout(self, row: TokenizedRow, tiles: tuple[int, ...], limit: int) -> Layout:
         return Layout(row, tiles, limit, self.settings.tokens_per_tile)
 
-    def _max_tiles(self, num_images: int) -> int:
+    def tile_limit(self, num_images: int) -> int:
+        """Grid tiles that each of a row's pictures may have, before a row is shrunk to fit a pack."""
         own = self.spec.max_dynamic_patch if self.settings.dataset_tiles else None
         limit = self.settings.max_tiles if own is None else own
         return tile_budget(limit, num_images) if num_images else limit

@@ -119,6 +119,11 @@ def _repetition(text: str, limits: QualityLimits) -> Iterator[Hit]:
             yield Hit(rule, excerpt(place), share, limit)
 
 
+def repeats_itself(text: str, limits: QualityLimits | None = None) -> bool:
+    """Whether a text breaks the rule of repeated 10-grams: an answer that goes round in circles."""
+    return any(hit.rule == REPEATED_NGRAMS for hit in _repetition(text, limits or QualityLimits()))
+
+
 def _lengths(text: str, limits: QualityLimits) -> Iterator[Hit]:
     sentence = longest_sentence(text, above=limits.sentence_characters)
     if sentence:

@@ -1,37 +1,20 @@
-"""Share of generated answers that equal the expected one."""
+"""Share of generated answers that equal an expected one."""
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-from torchmetrics import Metric
+from ivl_lightning.metrics.answer_score import AnswerScore
 
 
-class ExactMatch(Metric):
+class ExactMatch(AnswerScore):
     """Exact match of whole answers, blanks at both ends aside; case and punctuation count.
 
     With `ignore_case=True` it is the official score of OCR-VQA and AI2D (lower case, stripped).
     """
 
-    correct: Tensor
-    total: Tensor
-    higher_is_better = True
-
     def __init__(self, *, ignore_case: bool = False) -> None:
         super().__init__()
         self.ignore_case = ignore_case
-        self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, generated: Sequence[str], expected: Sequence[str]) -> None:
-        """Count pairs of answers; both sequences have the same length."""
-        for answer, wanted in zip(generated, expected, strict=True):
-            self.correct += self._normalise(answer) == self._normalise(wanted)
-            self.total += 1
-
-    def compute(self) -> Tensor:
-        """Share in 0..1; 0 where nothing was counted."""
-        return self.correct.float() / self.total.clamp(min=1)
+    def _against(self, answer: str, truth: str, question: str) -> float:
+        return float(self._normalise(answer) == self._normalise(truth))
 
     def _normalise(self, text: str) -> str:
         text = text.strip()

@@ -58,13 +58,14 @@ def test_recorded_meta_faults(name: str) -> None:
 def test_meta_paths_are_relative_to_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative to the meta file, not to the working directory; absolute ones and URLs stay."""
     absolute = GOOD | {"root": "s3://bucket/x", "annotation": str(folder / "rows.jsonl"), "max_dynamic_patch": 6}
-    path = write_meta(folder, json.dumps({"a": GOOD, "b": absolute | {"length": 9}}))
+    path = write_meta(folder, json.dumps({"a": GOOD, "b": absolute | {"length": 9, "metric": "anls"}}))
     monkeypatch.chdir("/")
     first, second = read_meta(path)
     assert (first.root, first.annotation) == (str(folder / "data"), str(folder / "rows.jsonl"))
     assert (second.root, second.annotation) == ("s3://bucket/x", str(folder / "rows.jsonl"))
     assert (first.data_augment, first.repeat_time, first.max_dynamic_patch) == (True, 2, None)
     assert second.max_dynamic_patch == 6
+    assert (first.metric, second.metric) == (None, "anls")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,8 @@ def test_meta_paths_are_relative_to_its_folder(folder: Path, monkeypatch: pytest
         ({"repeat_time": float("nan")}, "meta_value", "above 0"),
         ({"max_dynamic_patch": 0}, "meta_value", "at least 1"),
         ({"max_dynamic_patch": 1.5}, "meta_value", "'max_dynamic_patch' is 1.5"),
+        ({"metric": "accuracy"}, "meta_value", "'metric' is \"accuracy\", expected one of exact_match, "),
+        ({"metric": ["anls"]}, "meta_value", "'metric' is [\"anls\"]"),
         ({"annotation": "none.jsonl"}, "annotation_missing", "none.jsonl is not a file"),
         ({"annotation": ""}, "annotation_missing", "''"),
         ({"annotation": "s3://b/x.jsonl"}, "meta_value", "local disk"),

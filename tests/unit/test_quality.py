@@ -15,6 +15,7 @@ from ivl_lightning.data.quality import (
     longest_zeros,
     repeated_lines,
     repeated_ngrams,
+    repeats_itself,
 )
 from ivl_lightning.reporting.audit.keys import duplicates, most_frequent, row_key, text_key
 from ivl_lightning.structures import Turn
@@ -56,6 +57,14 @@ def test_few_repeated_lines_are_no_hit():
 def test_ten_grams_of_words():
     """13 words of a and b in turn: 4 ten-grams, 2 kinds, so 2 of 4 repeat an earlier one."""
     assert repeated_ngrams("a b a b a b a b a b a b a") == (0.5, 2, "a b a b a b a b a b")
+
+
+def test_an_answer_that_goes_round_in_circles():
+    """14 words of a and b: 3 of 5 ten-grams repeat an earlier one; of 13 words 2 of 4, which are too few."""
+    assert repeats_itself("a b " * 7)
+    assert not repeats_itself("a b a b a b a b a b a b a")
+    assert not repeats_itself("\n".join([LINE] * 2))
+    assert not repeats_itself("")
 
 
 def test_ten_grams_need_words_that_repeat():
