@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from ivl_lightning.callbacks.step_clock import StepClock
 from ivl_lightning.data.datamodule import DynamicPackingDataModule, datamodule_of
+from ivl_lightning.stages.logged_numbers import log_numbers
 from ivl_lightning.structures import PackedBatch
 
 
-class PackingStats(Callback):
+class PackingStats(StepClock):
     """Logs, per optimizer step and over all ranks, fill of tokens and tiles, samples, rates, waiting and rejects.
 
     Metrics: `data/fill_tokens` and `data/fill_tiles` (shares of the caps), `data/samples` of the step,
     `data/samples_per_pack`, `data/tokens_per_s`, `data/tiles_per_s`, `data/idle` (modeled share of time that ranks wait
     for the slowest), `data/wait` (share of time that ranks waited for their loaders), `data/rejected` (rows left out so
-    far, on this rank), and, since the run began, `data/tokens/NAME` and `data/tiles/NAME` of each dataset.
+    far), and, since the run began, `data/tokens/NAME` and `data/tiles/NAME` of each dataset.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._step: Tensor | None = None
         self._totals: dict[str, list[float]] = {}
-        self._since = 0.0
         self._waited = 0.0
 
     @property
@@ -42,18 +42,6 @@ class PackingStats(Callback):
         """Count on."""
         self._totals = state_dict["totals"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._since = time.monotonic()
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A new epoch's loader has just been made; that is no part of a step."""
-        self._since = time.monotonic()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nor is validation."""
-        self._since = time.monotonic()
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
@@ -68,16 +56,15 @@ class PackingStats(Callback):
         self._waited = datamodule.waited
         own = torch.cat([torch.tensor([waited]), self._step]).to(pl_module.device)
         sums = trainer.strategy.reduce(own, reduce_op="sum").tolist()
-        pl_module.log_dict(self._metrics(sums, datamodule, batch, trainer.world_size), batch_size=1)
+        log_numbers(pl_module, self._metrics(sums, datamodule, batch, trainer.world_size))
         self._step = None
-        self._since = time.monotonic()
 
     def _metrics(
         self, sums: list[float], datamodule: DynamicPackingDataModule, batch: PackedBatch, world_size: int
     ) -> dict[str, float]:
         waited, *by_dataset = sums
         samples, tokens, tiles = (sum(by_dataset[start::3]) for start in range(3))
-        config, packs, seconds = datamodule.config, batch.planned.packs_per_step, time.monotonic() - self._since
+        config, packs, seconds = datamodule.config, batch.planned.packs_per_step, self.lap()
         metrics = {
             "data/fill_tokens": tokens / (packs * config.max_tokens),
             "data/fill_tiles": tiles / max(packs * config.max_pack_tiles, 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from ivl_lightning.structures import PackedBatch
 
 _SHOWN = {
     "train/loss": "loss",
-    "val/exact_match": "score",
+    "val/score": "score",
     "val/reward_accuracy": "preferred",
     "data/fill_tokens": "fill",
     "data/rejected": "rejected",
@@ -71,10 +72,7 @@ class RunProgress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A line for the validation batches."""
-        self._open()
-        if self._progress is not None:
-            total = sum(int(count) for count in trainer.num_val_batches)
-            self._validation = self._progress.add_task("validation", total=total, values="")
+        self._open_line("validation", trainer.num_val_batches)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance."""
@@ -89,9 +87,27 @@ class RunProgress(ProgressBar):
         if self._train is None:
             self._close()
 
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A line for the batches of all tile limits."""
+        self._open_line("tile limits", trainer.num_test_batches)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Advance."""
+        self.on_validation_batch_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As behind a validation."""
+        self.on_validation_end(trainer, pl_module)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the terminal usable."""
         self._close()
+
+    def _open_line(self, name: str, batches: Sequence[int | float]) -> None:
+        """A line for what is no training."""
+        self._open()
+        if self._progress is not None:
+            self._validation = self._progress.add_task(name, total=sum(map(int, batches)), values="")
 
     def _open(self) -> None:
         if self._progress is not None or not self._enabled:

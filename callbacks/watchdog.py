@@ -148,6 +148,11 @@ class Watchdog(Callback):
         """Its end."""
         self._enter("between two batches" if trainer.state.fn == "fit" else _ENDING)
 
+    # A test answers the questions of validation.
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What follows may take its time."""
         self._enter(_ENDING)

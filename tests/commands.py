@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from ivl_lightning.checkpoints.complete import newest_complete, steps_of
+from ivl_lightning.constants import METRICS_NAME
+from ivl_lightning.reporting.logged_metrics import complete_lines, read_metrics
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +52,13 @@ def run_module(name: str, *arguments: object, timeout: int, ranks: int = 1) -> s
     )
 
 
-def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
+def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> int:
     """Start a run and kill its processes (SIGKILL) once a checkpoint of this pattern stands; no stage is finished.
 
-    Lightning logs a step behind its checkpoint, so a kill in between costs the row of a step that is not trained again:
-    the processes are stopped, and killed only if the newest checkpoint's row is on disk.
+    Of the steps that its newest whole checkpoint holds the metrics are there.
+
+    Returns:
+        The steps of that checkpoint, behind which the next attempt begins.
     """
     process = subprocess.Popen(
         command(*arguments, f"run_dir={stage.parent}"),
@@ -64,26 +69,28 @@ def kill_behind(stage: Path, checkpoint: str, *arguments: str) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while True:
+    while not list((stage / "checkpoints").glob(checkpoint)):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-        if not list((stage / "checkpoints").glob(checkpoint)):
-            continue
-        os.killpg(process.pid, signal.SIGSTOP)
-        if _newest_is_logged(stage):
-            break
-        os.killpg(process.pid, signal.SIGCONT)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (stage / "done.json").exists()
+    newest = newest_complete(stage / "checkpoints")
+    assert newest is not None
+    saved = steps_of(newest)
+    assert sorted(logged(stage, "train/loss"))[:saved] == list(range(1, saved + 1))
+    return saved
 
 
-def _newest_is_logged(stage: Path) -> bool:
-    newest = max(int(path.stem.partition("=")[2]) for path in (stage / "checkpoints").glob("step=*.ckpt"))
-    with (stage / "csv/version_0/metrics.csv").open() as file:
-        # Learning rates are rows of their own, written earlier.
-        return any(row.get("step") == str(newest - 1) and row.get("train/loss") for row in csv.DictReader(file))
+def logged(stage: Path, name: str) -> dict[int, float]:
+    """A metric by finished steps, of all attempts; of a step that was trained twice the later value."""
+    return dict(read_metrics(stage).series(name))
+
+
+def logged_steps(stage: Path) -> list[int]:
+    """The steps of all lines, in the order in which they were written."""
+    return [json.loads(line)["step"] for line in complete_lines(stage / METRICS_NAME)]
 
 
 def own_arguments(folder: Path, *, steps: int) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ivl_lightning.data.corpus import Corpus
 
@@ -23,6 +24,21 @@ def gathered(value: Value, world_size: int) -> list[Value]:
     if world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gathered_numbers(numbers: Sequence[float], world_size: int, device: torch.device) -> Tensor:
+    """Numbers of each rank, float32 `[world_size, n]` on `device`; all ranks call it with as many.
+
+    Args:
+        numbers: of this rank.
+        world_size: number of ranks; one asks nobody.
+        device: where the ranks can talk to each other.
+    """
+    own = torch.tensor(numbers, dtype=torch.float32, device=device)
+    every = own.expand(world_size, -1).contiguous()
+    if world_size > 1:
+        torch.distributed.all_gather(list(every), own)
+    return every
 
 
 def check_agreement(problem: ValueError | None, corpora: Sequence[Corpus | None], world_size: int) -> None:

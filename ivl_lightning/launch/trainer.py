@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
 from ivl_lightning.checkpoints.complete import newest_complete
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import CHECKPOINTS_FOLDER
 from ivl_lightning.data.plan import accumulation
+from ivl_lightning.launch.loggers import build_loggers
+from ivl_lightning.launch.metrics_file import LoggedBeforeSaved
 from ivl_lightning.strategies.build import build_strategy
 
-WANDB_ID_NAME = "wandb_id.txt"
 # Lightning has no "never": an interval no run reaches keeps validation to the end of the stage.
 _NEVER = 10**12
 
@@ -38,7 +35,7 @@ def build_trainer(config: RunConfig, folder: Path, callbacks: Sequence[Callback]
         config.strategy, num_ranks=num_ranks, num_nodes=settings.num_nodes, accelerator=settings.accelerator
     )
     strategy.save_behind = settings.async_checkpoints
-    everyone = [*callbacks, *build_callbacks(config)]
+    everyone = [*callbacks, *build_callbacks(config), LoggedBeforeSaved()]
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -74,39 +71,12 @@ def cluster_environment() -> ClusterEnvironment:
     return TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
 
 
-def build_loggers(config: RunConfig, folder: Path) -> list[Logger] | bool:
-    """The configured loggers; False where there are none. One of W&B goes on with the run that the stage began."""
-    entries = [entry for entry in config.logger.values() if entry is not None]
-    return [instantiate(_continued(entry, folder)) for entry in entries] or False
-
-
-def _continued(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
-    if entry["_target_"].rpartition(".")[2] != "WandbLogger" or entry.get("id") is not None:
-        return entry
-    return {**entry, "id": _wandb_id(folder / WANDB_ID_NAME), "resume": "allow"}
-
-
-def _wandb_id(path: Path) -> str:
-    """Kept beside the stage's results; ranks but the first, which log nothing, may come too early for it."""
-    _draw_id(path)
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-@rank_zero_only
-def _draw_id(path: Path) -> None:
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
-
-
 def build_callbacks(config: RunConfig) -> list[Callback]:
-    """The configured callbacks, and learning rates where they are logged."""
+    """The configured callbacks."""
     callbacks: list[Callback] = [instantiate(entry) for entry in config.callbacks.values() if entry is not None]
-    if not config.trainer.progress_bar:
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    if config.logger:
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
-    return callbacks
+    if config.trainer.progress_bar:
+        return callbacks
+    return [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

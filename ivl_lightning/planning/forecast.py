@@ -85,7 +85,7 @@ def forecast_stage(config: RunConfig, network: Network, plan: PlanConfig, load: 
         for number in (tiles, 0)
     ]
     device = Device(reserve=plan.reserve_gb * GB, fragmentation=plan.fragmentation)
-    work = work_of(network, load, layout, pairs=pairs, reference=runs_reference)
+    work = work_of(network, load, checkpointing=layout.checkpointing, pairs=pairs, reference=runs_reference)
     pace = pace_of(
         network,
         work,

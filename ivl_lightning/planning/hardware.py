@@ -40,3 +40,20 @@ GPUS: dict[GpuName, Gpu] = {
     "a100_40gb": Gpu("A100 SXM 40 GB", 312e12, 19.5e12, 40 * GB, 1555 * GB, 300 * GB),
     "l40s": Gpu("L40S 48 GB", 362e12, 91.6e12, 48 * GB, 864 * GB, 32 * GB),
 }
+
+# As torch names them. Other builds of the same chip (an H100 with PCIe, a slice of one) have other peaks.
+_DEVICE_NAMES: dict[str, GpuName] = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA A100-SXM4-80GB": "a100_80gb",
+    "NVIDIA A100 80GB PCIe": "a100_80gb",
+    "NVIDIA A100-SXM4-40GB": "a100_40gb",
+    "NVIDIA A100-PCIE-40GB": "a100_40gb",
+    "NVIDIA L40S": "l40s",
+}
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The accelerator of a device name; None where its data sheet is not among these."""
+    return GPUS[_DEVICE_NAMES[name]] if name in _DEVICE_NAMES else None

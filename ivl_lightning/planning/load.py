@@ -17,14 +17,14 @@ class Load:
     """A step's work over all ranks.
 
     Attributes:
-        source: `index` where measured data were planned, else `caps`.
+        source: `index` where measured data were planned, `batches` where batches were counted, else `caps`.
         samples: conversations or pairs; None where only measured data tell.
         tokens, tiles, labels: of all packs.
         squares: sum of squared document lengths.
         idle: share of the ranks' time that is spent waiting for the slowest.
     """
 
-    source: Literal["index", "caps"]
+    source: Literal["index", "batches", "caps"]
     samples: float | None
     tokens: float
     squares: float

@@ -51,42 +51,51 @@ class Count:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Sizes of a network of which some parts train.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedNetwork:
+    """What the work of a step depends on.
 
     Attributes:
-        shapes: its configuration.
-        parts: by part; adapters belong to theirs.
-        language_block, vision_block: the largest block of each.
-        plain: bytes of the plain network in the stored type, as final weights are written.
-        vision_layers: blocks of the tower that a backward pass goes through.
+        shapes: the network's configuration.
         full: parts whose own weights train.
         adapted: parts with adapters.
-        rank: of the adapters; 0 without.
         selects_rows: whether half of the last block runs on supervised rows alone.
     """
 
     shapes: InternVLConfig
-    parts: dict[Part, Count]
-    language_block: Count
-    vision_block: Count
-    plain: float
-    vision_layers: int
     full: frozenset[Part]
     adapted: frozenset[Part]
-    rank: int
     selects_rows: bool
-
-    @property
-    def whole(self) -> Count:
-        """The network."""
-        return sum(self.parts.values(), Count())
 
     @property
     def trainable_parts(self) -> frozenset[Part]:
         """Parts that train, in full or through adapters."""
         return self.full | self.adapted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network(TrainedNetwork):
+    """Sizes of a network of which some parts train.
+
+    Attributes:
+        parts: by part; adapters belong to theirs.
+        language_block, vision_block: the largest block of each.
+        plain: bytes of the plain network in the stored type, as final weights are written.
+        vision_layers: blocks of the tower that a backward pass goes through.
+        rank: of the adapters; 0 without.
+    """
+
+    parts: dict[Part, Count]
+    language_block: Count
+    vision_block: Count
+    plain: float
+    vision_layers: int
+    rank: int
+
+    @property
+    def whole(self) -> Count:
+        """The network."""
+        return sum(self.parts.values(), Count())
 
 
 def plan_network(

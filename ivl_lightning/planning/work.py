@@ -10,7 +10,7 @@ from ivl_lightning.models.cost import forward_cost, head_cost, projector_cost, t
 from ivl_lightning.planning.hardware import Gpu
 from ivl_lightning.planning.layout import FLOAT32, Layout
 from ivl_lightning.planning.load import Load
-from ivl_lightning.planning.network import Network
+from ivl_lightning.planning.network import Network, TrainedNetwork
 
 _UPDATE_TRAFFIC = 7
 """Reads and writes of AdamW for a number that trains: weight and two moments, read and written, and its gradient."""
@@ -65,7 +65,9 @@ class Pace:
         return max(self.compute, self.communication) + self.update
 
 
-def work_of(network: Network, load: Load, layout: Layout, *, pairs: bool = False, reference: bool = False) -> Work:
+def work_of(
+    network: TrainedNetwork, load: Load, *, checkpointing: bool = False, pairs: bool = False, reference: bool = False
+) -> Work:
     """The work of a step.
 
     Blocks as `models.cost` has them; beside them the projector on tiles and the head on supervised rows. Where half of
@@ -74,7 +76,7 @@ def work_of(network: Network, load: Load, layout: Layout, *, pairs: bool = False
     Args:
         network: which parts train.
         load: of the step.
-        layout: checkpointing.
+        checkpointing: whether blocks are computed again in backward.
         pairs: the head's logits are made again in backward.
         reference: a reference model runs beside the policy.
     """
@@ -90,7 +92,7 @@ def work_of(network: Network, load: Load, layout: Layout, *, pairs: bool = False
     forward = forward_blocks - skipped + projector + head
     backward = trained - forward_blocks - (factor - 1) * skipped
     backward += projector * _projector_factor(network) + head * (factor - 1)
-    recomputed = (again - trained - skipped) * layout.checkpointing + head * pairs
+    recomputed = (again - trained - skipped) * checkpointing + head * pairs
     return Work(forward, backward, recomputed, forward * reference)
 
 
@@ -103,7 +105,7 @@ def _feed_forward(shapes: InternVLConfig) -> float:
     return 2.0 * 3 * shapes.text_config.hidden_size * shapes.text_config.intermediate_size
 
 
-def _projector_factor(network: Network) -> int:
+def _projector_factor(network: TrainedNetwork) -> int:
     """Forward passes that its backward pass costs: of what goes through it, and of its weights."""
     return ("vision" in network.trainable_parts) + ("projector" in network.full)
 

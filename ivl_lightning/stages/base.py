@@ -16,31 +16,29 @@ from torchmetrics import MeanMetric
 
 from ivl_lightning.config.schema import OptimConfig
 from ivl_lightning.data.datamodule import datamodule_of
-from ivl_lightning.inference.answers import decode_answers
-from ivl_lightning.metrics.exact_match import ExactMatch
 from ivl_lightning.models.freeze import model_parts, part_sizes
 from ivl_lightning.models.parts import vision_layers, vision_tower
-from ivl_lightning.models.shard import reshard
 from ivl_lightning.optim.adamw import AdamW
 from ivl_lightning.optim.param_groups import parameter_groups
 from ivl_lightning.optim.schedule import WarmupSchedule
+from ivl_lightning.stages.answering import AnsweringStage
 from ivl_lightning.stages.frozen_base import FrozenBase
-from ivl_lightning.stages.network import ModelSource, NetworkStage
+from ivl_lightning.stages.logged_numbers import log_numbers
+from ivl_lightning.stages.network import ModelSource
 from ivl_lightning.stages.tables import trainable_table
-from ivl_lightning.structures import Answer, PackedBatch, PlannedPack, PreferenceBatch, PromptBatch
+from ivl_lightning.structures import PackedBatch, PlannedPack, PreferenceBatch
 
 NETWORK_CONFIG = "internvl_config"
 """Entry of a checkpoint: configuration of the network whose weights it holds."""
 
 
-class Stage(NetworkStage):
+class Stage(AnsweringStage):
     """A stage of training; a subclass adds its loss.
 
     Args:
         model: see `NetworkStage`.
         optim: optimizer and schedule.
-        generation_tokens: most tokens of an answer.
-        **network: see `NetworkStage`.
+        **options: see `AnsweringStage`.
 
     Attributes:
         averaged: what the weights are an average of, for people, if a callback has put one in their place.
@@ -48,16 +46,11 @@ class Stage(NetworkStage):
             labels, or of a pair the weighted sum of its terms. For callbacks.
     """
 
-    def __init__(
-        self, model: ModelSource, *, optim: OptimConfig | None = None, generation_tokens: int = 32, **network: Any
-    ) -> None:
-        super().__init__(model, **network)
+    def __init__(self, model: ModelSource, *, optim: OptimConfig | None = None, **options: Any) -> None:
+        super().__init__(model, **options)
         self.optim = optim or OptimConfig()
-        self.generation_tokens = generation_tokens
         self.averaged: str | None = None
         self.val_loss = MeanMetric()
-        self.val_scores = nn.ModuleList()
-        self._score_names: list[str] = []
         self.progress = 0.0
         self._step_sums: Tensor | None = None
         self._broken = 0
@@ -68,15 +61,6 @@ class Stage(NetworkStage):
     def reduction(self) -> str:
         """Reweighting rule; the data module weighs and plans by it."""
         raise NotImplementedError
-
-    def setup(self, stage: str) -> None:
-        """One score per dataset whose validation rows are answered, on every rank."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "answered_datasets", ())
-        for name in names:
-            if name not in self._score_names:
-                # In a list: a dataset's name may hold a point, a module's may not.
-                self._score_names.append(name)
-                self.val_scores.append(ExactMatch())
 
     def on_fit_start(self) -> None:
         """Show what trains."""
@@ -122,11 +106,22 @@ class Stage(NetworkStage):
         So they do between shards of a copy, unless `sync_every_micro_batch` saves their memory. DDP does it by itself.
         """
         planned = batch.planned
+        if planned.micro_step == 0:
+            self._log_place()
         torch.manual_seed(_seed_of(self.seed, planned))
         if isinstance(self.root, FSDPModule):
             last = planned.micro_step + 1 == planned.num_micro_steps
             self.root.set_requires_gradient_sync(last or self.sharding.sync_every_micro_batch)
             self.root.set_requires_all_reduce(last)
+
+    def _log_place(self) -> None:
+        """Log the learning rates of a step that begins, and its number for the axis of all charts.
+
+        Lightning takes a metric called `step` for the axis. It is the number of finished steps once this one is logged;
+        Lightning's own counts from 0, but behind the fit from 1.
+        """
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        log_numbers(self, {"step": self.trainer.global_step + 1, "epoch": self.trainer.current_epoch, **rates})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say of which network it is; with adapters, beside which frozen weights they were trained."""
@@ -210,55 +205,20 @@ class Stage(NetworkStage):
     # -- validation -----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Count anew. Here and not at the end: `validate` and `fit` keep tensors of different kinds."""
+        """Count anew."""
+        super().on_validation_epoch_start()
         self.val_loss.reset()
-        for metric in self._scores.values():
-            metric.reset()
 
     def _validation_loss(self) -> Tensor:
         return self.val_loss.compute()
 
-    @property
-    def _scores(self) -> dict[str, ExactMatch]:
-        scores = zip(self._score_names, self.val_scores, strict=True)
-        return {name: metric for name, metric in scores if isinstance(metric, ExactMatch)}
-
-    def _answer_prompts(self, batch: PromptBatch) -> dict[str, list[Answer]]:
-        """Answer questions and count what is right; callbacks get the answers."""
-        answers = self._answer(batch)
-        for answer in answers:
-            self._scores[answer.record.dataset].update([answer.generated], [answer.expected])
-        return {"answers": answers}
-
-    def _answer(self, batch: PromptBatch) -> list[Answer]:
-        assert self.root is not None
-        datamodule = datamodule_of(self.trainer)
-        # Compiled blocks would be compiled anew for the cache, whose length changes with each token.
-        with torch.compiler.set_stance("force_eager" if self.sharding.compile_blocks else "default"):
-            tokens = self.root.generate(
-                batch,
-                max_new_tokens=self.generation_tokens,
-                pad_token_id=datamodule.filler_id,
-                eos_token_id=datamodule.stop_ids,
-                synced_gpus=isinstance(self.root, FSDPModule),
-            )
-        return decode_answers(tokens, batch, datamodule.tokenizer)
-
     def on_validation_epoch_end(self) -> None:
-        """Log the loss, each dataset's score and their mean."""
-        # The metrics have already added up the ranks; averaging equal numbers once more tells Lightning so.
+        """Log the loss, and what answers score."""
+        self.log("step", float(self.trainer.global_step), sync_dist=True)
+        # The metric has already added up the ranks; averaging equal numbers once more tells Lightning so.
         if datamodule_of(self.trainer).has_val_packs:
             self.log("val/loss", self._validation_loss(), sync_dist=True)
-        scores = {name: metric.compute() for name, metric in self._scores.items()}
-        for name, score in scores.items():
-            self.log(f"val/exact_match/{name}", score, sync_dist=True)
-        if scores:
-            self.log("val/exact_match", torch.stack(list(scores.values())).mean(), prog_bar=True, sync_dist=True)
-
-    def on_validation_end(self) -> None:
-        """Leave nothing gathered: whoever reads parameters next shall find the shares, in the type they are kept in."""
-        if self.root is not None:
-            reshard(self.root)
+        super().on_validation_epoch_end()
 
 
 def stage_of(pl_module: L.LightningModule) -> Stage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from math import nan
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from ivl_lightning.models.lora import adapters_off
 from ivl_lightning.models.parts import text_config, vision_config
 from ivl_lightning.models.streaming import is_empty
 from ivl_lightning.stages.base import Stage
+from ivl_lightning.stages.logged_numbers import log_numbers
 from ivl_lightning.stages.network import ModelSource
 from ivl_lightning.stages.reference import eval_mode, score_missing
 from ivl_lightning.stages.root import InternVLWithLogps
@@ -309,9 +311,10 @@ class MixedPreference(Stage):
         whole = {name: sum(row[name] for row in by_dataset) for name in columns}
         self._check_rewards(whole, batch.planned)
         self._log_whole(whole, batch.planned)
-        for name, row in zip(names, by_dataset, strict=True):
-            if row[_PAIRS] and len(names) > 1:
-                self.log(f"train/loss/{name}", self._mean_loss(row, row[_PAIRS], row[_LABELS]), batch_size=1)
+        if len(names) > 1:
+            # Of a dataset that is left out Lightning would log the last loss once more.
+            losses = [self._mean_loss(row, row[_PAIRS], row[_LABELS]) if row[_PAIRS] else nan for row in by_dataset]
+            log_numbers(self, {f"train/loss/{name}": loss for name, loss in zip(names, losses, strict=True)})
 
     def _columns(self, terms: dict[str, Tensor], pairs: PairScores) -> dict[str, Tensor]:
         """Numbers of each pair that are summed over the step, `[B]` by name."""

@@ -104,7 +104,7 @@ class NetworkStage(L.LightningModule):
             return
         model = self._build()
         apply_drop_path(vision_tower(model), self.drop_path_rate)
-        set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
+        self.choose_trained(model)
         self._adapt(model)
         if self.activation_checkpointing:
             enable_activation_checkpointing(model)
@@ -117,6 +117,14 @@ class NetworkStage(L.LightningModule):
         if self._frozen_base is not None and self.lora.quantize is None:
             self._frozen_base.take(model)
         self.train()
+
+    def choose_trained(self, model: InternVLForConditionalGeneration) -> None:
+        """Give gradients to what trains and to nothing else; a stage of one's own may choose within the parts.
+
+        Args:
+            model: not yet wrapped, adapted or sharded; changed in place.
+        """
+        set_trainable(model, self.trainable, last_vision_layers=self.trainable_vision_layers)
 
     def _build(self) -> InternVLForConditionalGeneration:
         """The network; on the meta device if it is read from somewhere, and not quantized before it is sharded."""

@@ -5,17 +5,20 @@ A stage is this class with another choice of what trains.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from math import nan
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
+from ivl_lightning.config.schema import Part
 from ivl_lightning.data.collate import documents_of
 from ivl_lightning.data.datamodule import datamodule_of
 from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.stages.base import Stage
+from ivl_lightning.stages.logged_numbers import log_numbers
 from ivl_lightning.stages.network import ModelSource
 from ivl_lightning.stages.root import InternVLWithLoss
 from ivl_lightning.structures import Answer, PackedBatch, PromptBatch
@@ -29,6 +32,8 @@ class SupervisedStage(Stage):
         loss: the loss head; reweighted (square, step) by default.
         **options: see `Stage`.
     """
+
+    default_trainable: ClassVar[tuple[Part, ...]] = ("vision", "projector", "llm")
 
     def __init__(self, model: ModelSource, *, loss: NextTokenLoss | None = None, **options: Any) -> None:
         super().__init__(model, **options)
@@ -75,9 +80,11 @@ class SupervisedStage(Stage):
         self.log("train/loss", total[0] / planned.weight_sum, prog_bar=True, batch_size=1)
         self.log("train/progress", self._share_of_run(planned.progress), batch_size=1)
         losses, weights = total[1:].reshape(2, -1).tolist()
-        for name, loss, weight in zip(names, losses, weights, strict=True):
-            if weight and len(names) > 1:
-                self.log(f"train/loss/{name}", loss / weight, batch_size=1)
+        if len(names) > 1:
+            # Of a dataset that is left out Lightning would log the last loss once more.
+            by_dataset = zip(names, losses, weights, strict=True)
+            known = {f"train/loss/{name}": loss / weight if weight else nan for name, loss, weight in by_dataset}
+            log_numbers(self, known)
 
     def validation_step(
         self, batch: PackedBatch | PromptBatch, batch_idx: int, dataloader_idx: int = 0

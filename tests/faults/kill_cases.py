@@ -12,7 +12,6 @@ the generators of Python, numpy and torch.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -28,7 +27,6 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
 
 from ivl_lightning.callbacks.exact_resume import ExactResume
 from ivl_lightning.callbacks.preemption import PreemptedError, Preemption
@@ -38,6 +36,8 @@ from ivl_lightning.checkpoints.weights import tensors_hash
 from ivl_lightning.config.schema import OptimConfig, StrategyConfig
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.launch.metrics_file import LoggedBeforeSaved, MetricsFile
+from ivl_lightning.reporting.logged_metrics import read_metrics
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.strategies.build import build_strategy
 from tests import tiny
@@ -141,7 +141,7 @@ def train(meta: Path, out: Path, layout: Layout, kill: Kill | None) -> dict[str,
         gradient_clip_val=1.0,
         val_check_interval=5 * PACKS // layout.ranks,
         check_val_every_n_epoch=None,
-        logger=CSVLogger(out, name="csv", flush_logs_every_n_steps=1),
+        logger=MetricsFile(out),
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -152,6 +152,7 @@ def train(meta: Path, out: Path, layout: Layout, kill: Kill | None) -> dict[str,
             Recorder(out / f"rank{rank}.jsonl", kill),
             Preemption(),
             StepCheckpoints(out / "checkpoints", every=EVERY, keep=layout.keep),
+            LoggedBeforeSaved(),
         ],
     )
     found = newest_complete(out / "checkpoints")
@@ -214,7 +215,6 @@ def run(meta: Path, out: Path, layout: Layout, kills: list[Kill]) -> dict[str, A
     weights = torch.load(out / f"{layout.ranks}.pt", weights_only=True)[""]["weights"]
     kept = sorted(path.name for path in out.glob("checkpoints/*"))
     told = [asdict(kill) for kill in kills]
-    rows = [row for path in out.glob("csv/*/metrics.csv") for row in csv.DictReader(path.open())]
     return {
         "begins": begins,
         "codes": codes,
@@ -222,7 +222,7 @@ def run(meta: Path, out: Path, layout: Layout, kills: list[Kill]) -> dict[str, A
         "weights": weights,
         "kept": kept,
         "kills": told,
-        "logged": sorted({int(row["step"]) for row in rows if row["train/loss"]}),
+        "logged": read_metrics(out).series("train/loss"),
     }
 
 

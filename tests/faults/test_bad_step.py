@@ -16,6 +16,7 @@ from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.stages.base import stage_of
 from ivl_lightning.stages.mixed_preference import MixedPreference
 from tests import tiny
+from tests.commands import logged
 from tests.commands import train as train_command
 from tests.faults import bad_step_cases as cases
 from tests.faults.bad_step_cases import STAGE
@@ -44,6 +45,7 @@ def test_one_process(arguments: list[str], tmp_path: Path) -> None:
     for told in (f"step {bad} (epoch 0, step {bad} of it) was not taken", ROW, str(file), f"replay={bad}"):
         assert told in seen["error"]
     assert (stage / f"checkpoints/step={bad:08d}.ckpt/complete.json").is_file()
+    assert list(logged(stage, "train/loss")) == list(range(1, bad + 1)), "the save in front of the update logs nothing"
     before = sorted(path.name for path in stage.rglob("*"))
 
     cases.replay(config, bad - 1)

@@ -1,14 +1,14 @@
 """Preference training killed with SIGKILL goes on when the same command is given again: losses, shift, reference."""
 
-import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ivl_lightning.reporting.logged_metrics import read_metrics
 from tests import tiny
-from tests.commands import kill_behind, own_arguments, train
+from tests.commands import kill_behind, logged_steps, own_arguments, train
 
 STEPS = 10
 COLUMNS = ("train/loss", "train/shift", "train/rewards_chosen", "train/rewards_rejected", "train/loss_quality")
@@ -16,13 +16,8 @@ COLUMNS = ("train/loss", "train/shift", "train/rewards_chosen", "train/rewards_r
 
 def measured(run: Path) -> dict[int, dict[str, float]]:
     """Loss, shift and rewards by step, of all attempts; a step that was trained twice keeps the later values."""
-    found = {}
-    for path in sorted((run / "mixed_preference/csv").glob("version_*/metrics.csv")):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                if row["train/loss"]:
-                    found[int(row["step"])] = {name: float(row[name]) for name in COLUMNS}
-    return found
+    rows = read_metrics(run / "mixed_preference").by_step.items()
+    return {step: {name: row[name] for name in COLUMNS} for step, row in rows if "train/loss" in row}
 
 
 def scored(cache: Path) -> dict[str, int]:
@@ -51,10 +46,10 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
         "optim.lr=1e-3",
         "optim.warmup_steps=0",
         "trainer.checkpoint_every_n_steps=1",
-        "logger.csv.flush_logs_every_n_steps=1",
     ]
     killed = tmp_path / "killed"
-    kill_behind(killed / "mixed_preference", "step=0000000[6-8].ckpt", *options)
+    saved = kill_behind(killed / "mixed_preference", "step=0000000[6-8].ckpt", *options)
+    lines = len(logged_steps(killed / "mixed_preference"))
     parts = scored(cache)
     assert parts
 
@@ -64,9 +59,8 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
     assert scored(cache) == parts
 
     assert json.loads((killed / "mixed_preference/done.json").read_text())["steps"] == STEPS
-    second = (killed / "mixed_preference/csv/version_1/metrics.csv").read_text().splitlines()
-    assert min(int(row["step"]) for row in csv.DictReader(second) if row["train/loss"]) >= 6
+    assert min(logged_steps(killed / "mixed_preference")[lines:]) == saved + 1
     ours, wanted = measured(killed), measured(tmp_path / "whole")
-    assert sorted(ours) == list(range(STEPS))
+    assert sorted(ours) == list(range(1, STEPS + 1))
     assert ours == wanted
     assert len({step["train/shift"] for step in wanted.values()}) >= STEPS - 1, "the shift moves with every step"

@@ -191,7 +191,7 @@ def test_work_is_what_torch_counts(trainable):
     network = plan_network(model.config, trainable)
     tokens, tiles = batch.input_ids.shape[1], len(batch.pixel_values)
     load = Load("caps", 20, tokens, 20 * (tokens / 20) ** 2, tiles, len(batch.loss_rows), 0.0)
-    work = work_of(network, load, layout_of(stage("miniature")))
+    work = work_of(network, load)
     assert counter.get_total_flops() == pytest.approx(work.executed, rel=0.05)
 
 
@@ -199,7 +199,7 @@ def test_a_repeated_forward_pass_is_a_third_more(eight_billion):
     """Forward 1, backward 2, and with checkpointing the blocks' forward once more: 4 in place of 3, less the head."""
     config = stage("internvl2_5_8b", *FSDP, "trainer.devices=8")
     load = load_at_caps(config.data, "conversations", tile_tokens=256, label_share=0.15)
-    work = work_of(eight_billion, load, layout_of(config))
+    work = work_of(eight_billion, load, checkpointing=config.model.activation_checkpointing)
     assert work.backward == pytest.approx(2 * work.forward)
     assert 0.95 < work.recomputed / work.forward < 1
 
@@ -227,7 +227,7 @@ def published_share(network, length):
     config = stage("internvl1_2", *FSDP, "trainer.devices=8", "trainer.num_nodes=4")
     # One tile a picture; a sixth of the tokens supervised.
     load = Load("caps", BATCH, BATCH * length, BATCH * length**2, BATCH, BATCH * length / 6, 0.0)
-    work = work_of(network, load, layout_of(config))
+    work = work_of(network, load, checkpointing=config.model.activation_checkpointing)
     return work.useful * SAMPLES / BATCH / (A100_HOURS * 3600 * GPUS["a100_80gb"].bfloat16)
 
 

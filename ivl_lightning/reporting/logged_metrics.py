@@ -1,24 +1,27 @@
-"""The metrics a stage logged: the CSV files of all its attempts, merged by step."""
+"""The metrics a stage logged: its metrics file, in which all its attempts write, merged by step."""
 
 from __future__ import annotations
 
-import csv
+import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
+
+from ivl_lightning.constants import METRICS_NAME
 
 Series = list[tuple[int, float]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Metrics:
     """Logged values by step.
 
     Attributes:
-        by_step: step -> metric -> value, in the order of steps; a step holds only what was logged there.
+        by_step: finished optimizer steps -> metric -> value, in their order; a step holds only what was logged there.
     """
 
     by_step: dict[int, dict[str, float]]
@@ -30,29 +33,41 @@ class Metrics:
 
     def series(self, name: str) -> Series:
         """Steps and finite values of one metric."""
-        return [(step, row[name]) for step, row in self.by_step.items() if math.isfinite(row.get(name, math.nan))]
+        return self._by_name.get(name, [])
 
     def names(self, prefix: str) -> list[str]:
         """Metrics whose names begin so, in the order in which they first appear."""
-        found = (name for row in self.by_step.values() for name in row if name.startswith(prefix))
-        return list(dict.fromkeys(found))
+        return [name for name in self._by_name if name.startswith(prefix)]
 
     def last(self, prefix: str) -> dict[str, float]:
         """The last value of each metric whose name begins so."""
         return {name: series[-1][1] for name in self.names(prefix) if (series := self.series(name))}
 
+    @cached_property
+    def _by_name(self) -> dict[str, Series]:
+        found: dict[str, Series] = {}
+        for step, row in self.by_step.items():
+            for name, value in row.items():
+                series = found.setdefault(name, [])
+                if math.isfinite(value):
+                    series.append((step, value))
+        return found
+
 
 def read_metrics(folder: Path) -> Metrics:
-    """Merge `metrics.csv` of all `version_*` folders; where two hold the same step the later version wins.
+    """The metrics of all attempts; a later line about the same metric of the same step wins.
+
+    Lines without a step, as somebody's own code may log them, are passed over.
 
     Args:
-        folder: of the CSV logger; it need not exist.
+        folder: of the stage; it need not exist.
     """
     by_step: dict[int, dict[str, float]] = {}
-    for file in sorted(folder.glob("version_*/metrics.csv"), key=_version):
-        for row in csv.DictReader(complete_lines(file)):
-            values = {name: float(text) for name, text in row.items() if text}
-            by_step.setdefault(int(values.pop("step")), {}).update(values)
+    for line in complete_lines(folder / METRICS_NAME):
+        values = json.loads(line)
+        if (step := values.pop("step")) is not None:
+            row = {name: math.nan if value is None else value for name, value in values.items()}
+            by_step.setdefault(step, {}).update(row)
     return Metrics(dict(sorted(by_step.items())))
 
 
@@ -73,15 +88,13 @@ def thinned(series: Series, limit: int) -> Series:
 
 def smoothed(series: Series, window: int) -> Series:
     """Each value replaced by the mean over the last `window` values."""
-    values = _values(series)
-    return [(step, fmean(values[max(0, index + 1 - window) : index + 1])) for index, (step, _) in enumerate(series)]
+    sums = [0.0, *accumulate(_values(series))]
+    starts = [max(0, end - window) for end in range(1, len(sums))]
+    return [
+        (step, (sums[end] - sums[start]) / (end - start))
+        for end, (start, (step, _)) in enumerate(zip(starts, series, strict=True), 1)
+    ]
 
 
 def _values(series: Iterable[tuple[int, float]]) -> list[float]:
     return [value for _, value in series]
-
-
-def _version(file: Path) -> int:
-    # By number: as text version_10 would come before version_2.
-    number = re.fullmatch(r"version_(\d+)", file.parent.name)
-    return int(number[1]) if number else -1
