@@ -6,6 +6,8 @@ parameters, sharded where those are, and travel in checkpoints as `ema.NAME` in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -109,6 +111,16 @@ class EMA(Callback):
         if isinstance(pl_module, Stage):
             pl_module.averaged = text
         rank_zero_info(f"weights from here on: {text}")
+
+    @contextmanager
+    def in_use(self, module: nn.Module) -> Iterator[None]:
+        """Averages in the place of the weights for a while, as in validation."""
+        exchanged = self._exchanged
+        self._use(module, averages=True)
+        try:
+            yield
+        finally:
+            self._use(module, averages=exchanged)
 
     @torch.no_grad()
     def _use(self, module: nn.Module, *, averages: bool) -> None:

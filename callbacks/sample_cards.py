@@ -1,83 +1,119 @@
-"""Keeps answered validation samples, so that a person can look at what the scores mean."""
+"""Asks a fixed probe set again and again, so that a person sees what a model has learned, and when."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from ivl_lightning.data.annotations import media_of
-from ivl_lightning.data.datamodule import DynamicPackingDataModule, datamodule_of
-from ivl_lightning.structures import Answer, Record
-
-FILE_NAME = "samples.jsonl"
-FRAMES = "frames"
+from ivl_lightning.callbacks.card_loggers import log_cards
+from ivl_lightning.callbacks.probing import probe_answers
+from ivl_lightning.data.datamodule import datamodule_of
+from ivl_lightning.data.probe import ProbeSet, probe_set
+from ivl_lightning.data.probe_sheets import save_sheets
+from ivl_lightning.data.ranks import check_agreement
+from ivl_lightning.data.sample_file import SAMPLES_NAME, SampleCard, SheetPlace, append_cards
+from ivl_lightning.metrics.scoring import score
+from ivl_lightning.stages.base import Stage, stage_of
+from ivl_lightning.structures import Answer
 
 
 class SampleCards(Callback):
-    """Writes the first `limit` answers of each validation to `samples.jsonl`, with pictures and question.
+    """Appends the answers of a probe set to `samples.jsonl`, and shows them in W&B and TensorBoard where those log.
 
-    Of a video the frame in the middle is kept beside the file.
+    It asks before the first step, at each validation, and between them every so many steps. Pictures as the model gets
+    them lie beside the file, in `probe/`. Every rank takes part; training is not disturbed.
 
     Args:
-        folder: where the file goes.
-        limit: answers per validation.
+        folder: where file and pictures go.
+        rows: of the probe set; 0 asks nothing.
+        every_n_steps: steps between two askings besides validations; None asks at the start and with validations only.
+        meta: meta.json of the probe set; None takes the first rows that validation answers.
+
+    Raises:
+        ValueError: `rows` below 0, or `every_n_steps` below 1.
     """
 
-    def __init__(self, folder: str, limit: int = 24) -> None:
-        self.path = Path(folder) / FILE_NAME
-        self.limit = limit
-        self._cards: list[dict[str, Any]] = []
+    def __init__(self, folder: str, rows: int = 12, every_n_steps: int | None = None, meta: str | None = None) -> None:
+        if rows < 0 or (every_n_steps is not None and every_n_steps < 1):
+            raise ValueError(f"rows={rows} must be at least 0, and every_n_steps={every_n_steps} at least 1 or None")
+        self.folder = Path(folder)
+        self.rows, self.every_n_steps, self.meta = rows, every_n_steps, meta
+        self._probe: ProbeSet | None = None
+        self._sheets: dict[int, list[SheetPlace]] = {}
+        self._asked_at: int | None = None
+        self._seen = 0
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the cards of the last validation."""
-        self._cards = []
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose the rows; the first rank writes their pictures.
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep answers until there are enough."""
-        answers = (outputs or {}).get("answers", [])
-        for answer in answers[: self.limit - len(self._cards)]:
-            self._cards.append(self._card(answer, trainer))
+        Raises:
+            ValueError: wrong rows of the probe set, on all ranks where they are wrong on one.
+        """
+        if stage not in ("fit", "validate"):
+            return
+        problem, self._probe, self._asked_at = None, None, None
+        try:
+            self._choose(trainer)
+        except ValueError as error:
+            problem = error
+        check_agreement(problem, [None if self._probe is None else self._probe.corpus], trainer.world_size)
+
+    def _choose(self, trainer: L.Trainer) -> None:
+        self._probe = probe_set(datamodule_of(trainer), rows=self.rows, meta=self.meta)
+        if self._probe is not None and trainer.is_global_zero:
+            self._sheets = save_sheets(self._probe, self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ask before the first step; a run that goes on has been asked."""
+        self._seen = trainer.global_step
+        if trainer.global_step == 0:
+            self._ask(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Ask behind a step whose turn it is."""
+        steps = trainer.global_step
+        if steps == self._seen:
+            return
+        self._seen = steps
+        if self.every_n_steps is not None and steps % self.every_n_steps == 0:
+            self._ask(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Append the cards of this validation."""
-        if not trainer.is_global_zero or not self._cards:
+        """Ask with the weights that were validated."""
+        if not trainer.sanity_checking:
+            self._ask(trainer, pl_module)
+
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._probe is None or self._asked_at == trainer.global_step:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for card in self._cards:
-                file.write(json.dumps(card, ensure_ascii=False) + "\n")
+        self._asked_at = trainer.global_step
+        answered = stage_of(pl_module)
+        answers = probe_answers(trainer, answered, self._probe)
+        if trainer.is_global_zero:
+            cards = [self._card(trainer.global_step, row, answer, answered) for row, answer in answers.items()]
+            append_cards(self.folder / SAMPLES_NAME, cards)
+            log_cards(trainer.loggers, cards, self.folder)
 
-    def _card(self, answer: Answer, trainer: L.Trainer) -> dict[str, Any]:
-        record = answer.record
-        return {
-            "step": trainer.global_step,
-            "dataset": record.dataset,
-            "file": record.file,
-            "line": record.line,
-            "images": self._pictures(record, datamodule_of(trainer)),
-            "question": answer.question,
-            "expected": answer.expected,
-            "generated": answer.generated,
-        }
-
-    def _pictures(self, record: Record, datamodule: DynamicPackingDataModule) -> list[str]:
-        media = media_of(record.row)
-        if media.kind != "video":
-            return [datamodule.media_path(record.dataset, path) for path in media.images]
-        frame = self.path.parent / FRAMES / f"{record.digest}.jpg"
-        if not frame.is_file():
-            frame.parent.mkdir(parents=True, exist_ok=True)
-            datamodule.middle_frame(record).save(frame)
-        return [str(frame)]
+    def _card(self, step: int, row: int, answer: Answer, stage: Stage) -> SampleCard:
+        assert self._probe is not None
+        corpus, record = self._probe.corpus, answer.record
+        metric = stage.metric_of(corpus.specs[corpus.dataset_of(row)])
+        return SampleCard(
+            step=step,
+            dataset=record.dataset,
+            file=record.file,
+            line=record.line,
+            digest=record.digest,
+            question=answer.question,
+            expected=answer.expected,
+            generated=answer.generated,
+            truths=list(answer.truths),
+            metric=metric,
+            score=score(metric, answer.generated, answer.truths, answer.question),
+            tiles=answer.tiles,
+            prompt_tokens=answer.prompt_tokens,
+            pictures=self._sheets[row],
+        )

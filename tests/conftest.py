@@ -14,6 +14,8 @@ from tests import tiny
 torch.set_num_threads(1)
 # Commands that the tests start measure rows into a folder of this session's own.
 os.environ["IVL_LIGHTNING_CACHE"] = tempfile.mkdtemp(prefix="ivl-index-")
+# Where W&B keeps pictures of offline runs until they are sent, by default in the user's home.
+os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="ivl-wandb-")
 
 
 @pytest.fixture(scope="session")

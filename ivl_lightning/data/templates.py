@@ -4,6 +4,8 @@ Source: InternVL `conversation.py`; the texts are part of what the released mode
 character. InternVL 2.5 ends a turn with a newline after the end marker, the older ChatML templates do not.
 """
 
+import pkgutil
+import sys
 from dataclasses import dataclass
 
 from transformers import InternVLConfig, PreTrainedTokenizerBase
@@ -127,25 +129,54 @@ def template_of(given: str | None, config: InternVLConfig | None) -> str:
         config: of the checkpoint, which knows what the original's config.json says; None where there is none.
 
     Raises:
-        ValueError: the template is not known; says who names it.
+        ValueError: the template is not known; says who names it. Nothing is imported on a checkpoint's word.
     """
+    if given is not None:
+        _template(given, "model.template")
+        return given
     own = None if config is None else record(config).get("template")
-    where, name = ("model.template", given) if given is not None else ("the checkpoint's config.json", own)
-    if name is None:
+    if own is None:
         return DEFAULT_TEMPLATE
-    if not isinstance(name, str) or name not in TEMPLATES:
+    where = "the checkpoint's config.json"
+    if not isinstance(own, str) or not (own in TEMPLATES or _is_path(own)):
+        raise ValueError(_unknown(where, own))
+    if _is_path(own) and own.partition(":")[0] not in sys.modules:
         raise ValueError(
-            f"{where} names the chat template {name!r}, which is not known: use one of {', '.join(TEMPLATES)}"
+            f"{where} names the chat template {own!r}, which is code of somebody's own and was not imported: give "
+            f"template={own} (of train.py and ivl-chat: model.template={own}) if you trust it"
         )
-    return name
+    return own
 
 
 def get_template(name: str) -> Template:
-    """The template of this name.
+    """The template of this name; `MODULE:NAME` is one of the user's own, whose module is imported.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: the name is not known, or the module has no such template.
     """
-    if name not in TEMPLATES:
-        raise ValueError(f"chat template {name!r} is not known: use one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+    return _template(name, None)
+
+
+def _template(name: str, where: str | None) -> Template:
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not _is_path(name):
+        raise ValueError(_unknown(where, name))
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the chat template {name} cannot be imported: {error}") from error
+    if not isinstance(found, Template):
+        kind = type(found).__name__
+        raise ValueError(f"the chat template {name} is of type {kind}: it must be a Template (docs/extending.md)")
+    return found
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name says where a template of the user's own lies, as entry points do: `package.module:NAME`."""
+    return ":" in name
+
+
+def _unknown(where: str | None, name: object) -> str:
+    who = f"chat template {name!r}" if where is None else f"{where} names the chat template {name!r}, which"
+    return f"{who} is not known: use one of {', '.join(TEMPLATES)}, or MODULE:NAME of a template of your own"

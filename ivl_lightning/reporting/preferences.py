@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ivl_lightning.reporting.figures import data_uri, line
-from ivl_lightning.reporting.metrics_csv import Series, smoothed
+from ivl_lightning.reporting.figures import COLORS, data_uri, in_percent, line, plain, smooth_line
 from ivl_lightning.reporting.run_folder import StageFolder
+from ivl_lightning.reporting.scores import score_series
 
 COUNTS_NAME = "counts.json"
 SOURCE_COLUMNS = ("pairs of", "from the model's own answers", "perturbed")
-_COLORS = mpl.color_sequences["tab10"]
 _PARTS = "train/loss_"
 
 
@@ -31,9 +30,8 @@ def preference_figure(stages: Sequence[StageFolder]) -> str | None:
     _rewards(stage, rewards)
     _parts(stage, parts)
     for axes in (accuracy, rewards, parts):
-        axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", nbins=5, integer=True)
-        axes.grid(alpha=0.3)
+        plain(axes)
         axes.legend(fontsize=7, frameon=False)
     figure.supxlabel("optimizer steps of the stage", fontsize=9)
     return data_uri(figure)
@@ -63,29 +61,25 @@ def _last_of_pairs(stages: Sequence[StageFolder]) -> StageFolder | None:
 def _accuracy(stage: StageFolder, axes: Axes) -> None:
     axes.set_title("chosen answer rewarded more (%)", fontsize=9)
     axes.set_ylim(-4, 104)
-    _curve(axes, _percent(stage.metrics.series("train/reward_accuracy")), 0, "training")
-    held_back = _percent(stage.metrics.series("val/reward_accuracy"))
-    line(axes, held_back, color=_COLORS[1], marker="o", label="held-back pairs")
-    answers = _percent(stage.metrics.series("val/exact_match"))
-    line(axes, answers, color="black", marker="s", markersize=4, label="exact match of answers")
+    smooth_line(axes, in_percent(stage.metrics.series("train/reward_accuracy")), label="training", **_style(0))
+    held_back = in_percent(stage.metrics.series("val/reward_accuracy"))
+    line(axes, held_back, color=COLORS[1], marker="o", label="held-back pairs")
+    answers = in_percent(score_series(stage.metrics))
+    line(axes, answers, color="black", marker="s", markersize=4, label="score of answers")
 
 
 def _rewards(stage: StageFolder, axes: Axes) -> None:
     axes.set_title("rewards", fontsize=9)
     names = ("rewards_chosen", "rewards_rejected", "reward_margin", "shift")
     for index, name in enumerate(names):
-        _curve(axes, stage.metrics.series(f"train/{name}"), index, name.replace("_", " "))
+        smooth_line(axes, stage.metrics.series(f"train/{name}"), label=name.replace("_", " "), **_style(index))
 
 
 def _parts(stage: StageFolder, axes: Axes) -> None:
     axes.set_title("parts of the loss, before their weights", fontsize=9)
     for index, name in enumerate(stage.metrics.names(_PARTS)):
-        _curve(axes, stage.metrics.series(name), index, name.removeprefix(_PARTS))
+        smooth_line(axes, stage.metrics.series(name), label=name.removeprefix(_PARTS), **_style(index))
 
 
-def _curve(axes: Axes, series: Series, color: int, label: str) -> None:
-    line(axes, smoothed(series, max(len(series) // 30, 1)), color=_COLORS[color], linewidth=1.6, label=label)
-
-
-def _percent(series: Series) -> Series:
-    return [(step, 100 * value) for step, value in series]
+def _style(color: int) -> dict[str, Any]:
+    return {"color": COLORS[color % len(COLORS)], "linewidth": 1.6}

@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from ivl_lightning.checkpoints.lineage import Lineage, read_lineage
-from ivl_lightning.constants import STAGES
-from ivl_lightning.reporting.metrics_csv import Metrics, complete_lines, read_metrics
+from ivl_lightning.constants import STAGES, TILE_CURVE_NAME
+from ivl_lightning.data.sample_file import SAMPLES_NAME, SampleCard, read_cards
+from ivl_lightning.environment import ENVIRONMENT_NAME
+from ivl_lightning.reporting.logged_metrics import Metrics, complete_lines, read_metrics
 
 _MARKS = ("config.yaml", "done.json")
 """A folder with one of these is a stage's."""
@@ -52,19 +54,25 @@ class StageFolder:
         summary: its outcome.
         finished: whether it came to its end.
         metrics: what it logged.
-        samples: answers of all its validations, oldest first.
+        samples: answers of its probe set, by rising step.
         ledger: rows it left out.
         config_text: its resolved settings as written; empty where there are none.
         lineage: where its network came from; None where that was not written.
+        starts: where it ran, from its first start to the last; empty where that was not written.
+        tile_curve: scores at several tile limits; empty where they were not asked for.
+        folder: its own.
     """
 
     summary: StageSummary
     finished: bool
     metrics: Metrics
-    samples: list[dict[str, Any]]
+    samples: list[SampleCard]
     ledger: list[dict[str, Any]]
     config_text: str
-    lineage: Lineage | None = None
+    lineage: Lineage | None
+    starts: list[dict[str, str]]
+    tile_curve: list[dict[str, Any]]
+    folder: Path
 
     @property
     def name(self) -> str:
@@ -75,15 +83,6 @@ class StageFolder:
     def config(self) -> dict[str, Any]:
         """Its settings; empty where there are none."""
         return yaml.safe_load(self.config_text) or {}
-
-    def last_samples(self) -> list[dict[str, Any]]:
-        """Answers of the last validation, each row once.
-
-        A stage that ends on a validation step validates there twice.
-        """
-        step = self.samples[-1]["step"] if self.samples else None
-        last = {(card["file"], card["line"]): card for card in self.samples if card["step"] == step}
-        return list(last.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read what a run folder holds; whatever is missing stays empty."""
-    stages = [_read_stage(path) for path in sorted(_stage_folders(folder), key=_place)]
+    stages = [_read_stage(path) for path in sorted(stage_folders(folder), key=_place)]
     command = folder / "command.txt"
     return Run(
         folder=folder,
@@ -120,17 +119,24 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _stage_folders(folder: Path) -> set[Path]:
+def job_folders(folder: Path) -> list[Path]:
+    """Runs of a multirun, by their numbers; none where it is no multirun."""
+    jobs = [path for path in folder.glob("[0-9]*") if path.name.isdigit() and stage_folders(path)]
+    return sorted(jobs, key=lambda path: int(path.name))
+
+
+def stage_folders(folder: Path) -> set[Path]:
+    """Sub-folders that stages have begun in."""
     return {path.parent for mark in _MARKS for path in folder.glob(f"*/{mark}") if path.is_file()}
 
 
 def _sequel_folders(folder: Path, stages: Sequence[StageFolder]) -> list[Path]:
     """Sub-folders that hold stages and are none; those that the recipe names first, in its order."""
-    others = {path for path in folder.iterdir() if path.is_dir()} - _stage_folders(folder)
+    others = {path for path in folder.iterdir() if path.is_dir()} - stage_folders(folder)
     named = list(stages[0].config.get("recipe", {}).get("sequels") or {}) if stages else []
     order = {name: place for place, name in enumerate(named)}
     # Runs of a multirun bear numbers and have reports of their own.
-    found = [path for path in others if _stage_folders(path) and not path.name.isdigit()]
+    found = [path for path in others if stage_folders(path) and not path.name.isdigit()]
     return sorted(found, key=lambda path: (order.get(path.name, len(order)), path.name))
 
 
@@ -141,7 +147,7 @@ def _place(folder: Path) -> tuple[int, str]:
 
 
 def _read_stage(folder: Path) -> StageFolder:
-    metrics = read_metrics(folder / "csv")
+    metrics = read_metrics(folder)
     config = folder / "config.yaml"
     config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
     done = folder / "done.json"
@@ -152,10 +158,13 @@ def _read_stage(folder: Path) -> StageFolder:
         else _unfinished(folder.name, metrics, yaml.safe_load(config_text) or {}),
         finished=finished,
         metrics=metrics,
-        samples=_read_json_lines(folder / "samples.jsonl"),
+        samples=read_cards(folder / SAMPLES_NAME),
         ledger=_read_json_lines(folder / "ledger.jsonl"),
         config_text=config_text,
         lineage=read_lineage(folder),
+        starts=_read_json(folder / ENVIRONMENT_NAME),
+        tile_curve=_read_json(folder / TILE_CURVE_NAME),
+        folder=folder,
     )
 
 
@@ -168,14 +177,17 @@ def _unfinished(name: str, metrics: Metrics, config: Mapping[str, Any]) -> Stage
     return StageSummary(
         stage=name,
         trained=config.get("stage", {}).get("trainable") or [],
-        # Training rows are numbered from 0.
-        steps=losses[-1][0] + 1 if losses else 0,
+        steps=losses[-1][0] if losses else 0,
         loss_first=losses[0][1] if losses else math.nan,
         loss_last=losses[-1][1] if losses else math.nan,
         scores=metrics.last("val/"),
         seconds=math.nan,
         rejected={},
     )
+
+
+def _read_json(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from ivl_lightning.checkpoints.lineage import has_trained_tower, tower_tokens
-from ivl_lightning.reporting.metrics_csv import Series
+from ivl_lightning.reporting.logged_metrics import Series
 from ivl_lightning.reporting.run_folder import Run, StageFolder
-from ivl_lightning.reporting.table import MEAN_SCORE
+from ivl_lightning.reporting.scores import score_series
 
 CONTROL = "control"
 _TOKENS = "data/tokens/"
@@ -23,7 +23,7 @@ class Measured:
     Attributes:
         tokens: that the run had trained on, over its stages.
         steps: optimizer steps, counted in the same way.
-        score: exact match, a share.
+        score: mean over datasets, a share.
     """
 
     tokens: int
@@ -112,9 +112,7 @@ def score_curve(run: Run) -> Curve:
     for stage in stages:
         begun.append(Begun(stage.name, tokens))
         counts, length = _tokens(stage), stage.summary.steps
-        for step, score in stage.metrics.series(MEAN_SCORE):
-            # Rows are numbered from 0, but for the validation after the last step.
-            done = min(step + 1, length)
+        for done, score in score_series(stage.metrics):
             measured.append(Measured(tokens + _at(counts, done), steps + done, score))
         tokens += _at(counts, length)
         steps += length
@@ -191,7 +189,7 @@ def _tokens(stage: StageFolder) -> Series:
     by_step: dict[int, float] = {}
     for name in stage.metrics.names(_TOKENS):
         for step, tokens in stage.metrics.series(name):
-            by_step[step + 1] = by_step.get(step + 1, 0.0) + tokens
+            by_step[step] = by_step.get(step, 0.0) + tokens
     return sorted(by_step.items())
 
 

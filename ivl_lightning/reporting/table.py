@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 NONE = "none"
-MEAN_SCORE = "val/exact_match"
+MEAN_SCORE = "val/score"
+"""Mean over the answered datasets of each one's own metric."""
+OLD_MEAN_SCORE = "val/exact_match"
+"""Its name where every dataset was scored by exact match, before there were other metrics."""
 FOLDED = "what trained"
 REWARD_ACCURACY = "val/reward_accuracy"
 _WIDEST_NAME = len("instruction_tuning")
-COLUMNS = ("stage", FOLDED, "steps", "loss first -> last", "exact match", "reward accuracy", "wall time")
+COLUMNS = ("stage", FOLDED, "steps", "loss first -> last", "score", "reward accuracy", "wall time")
 
 
 class StageResult(Protocol):
@@ -83,11 +86,20 @@ def stage_cells(result: StageResult) -> tuple[str, ...]:
         result.stage,
         ", ".join(result.trained) or NONE,
         f"{result.steps:,}",
-        f"{_loss(result.loss_first)} -> {_loss(result.loss_last)}",
-        percent(result.scores.get(MEAN_SCORE)),
+        _losses(result.loss_first, result.loss_last),
+        percent(mean_score(result.scores)),
         percent(result.scores.get(REWARD_ACCURACY)),
         duration(result.seconds),
     )
+
+
+def mean_score(scores: Mapping[str, float]) -> float | None:
+    """The mean score among the last validation metrics; None where nothing was answered."""
+    return scores.get(MEAN_SCORE, scores.get(OLD_MEAN_SCORE))
+
+
+def _losses(first: float, last: float) -> str:
+    return NONE if math.isnan(first) and math.isnan(last) else f"{_loss(first)} -> {_loss(last)}"
 
 
 def _loss(value: float) -> str:

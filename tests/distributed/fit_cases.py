@@ -3,7 +3,8 @@
 A case is `strategy/stage/reduction/rule`. The rule is a normaliser (`step`, `micro_batch`), or with the normaliser
 `step`: `batchN` makes steps of N rows, `packs8` of 8 packs, their head in chunks of two rows, `clip` clips gradients,
 `ema` averages weights; `sync8` (8 packs too), `offload`, `prefetch`, `compile` are switches of the strategy. `resumeN`
-goes on behind the first step of N ranks, and `emaresumeN` behind one with averages.
+goes on behind the first step of N ranks, and `emaresumeN` behind one with averages. With `square` and a rule of `step`,
+`ema` or one that goes on, a probe set is asked in each step.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ivl_lightning.callbacks.ema import EMA
+from ivl_lightning.callbacks.sample_cards import SampleCards
 from ivl_lightning.checkpoints.weights import full_state_dict
-from ivl_lightning.config.schema import OptimConfig, StrategyConfig
+from ivl_lightning.config.schema import EvalConfig, OptimConfig, StrategyConfig
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
+from ivl_lightning.data.sample_file import SAMPLES_NAME, read_cards
 from ivl_lightning.losses.next_token import NORMALISERS, NextTokenLoss
+from ivl_lightning.stages.answer_scores import AnswerScores
 from ivl_lightning.stages.instruction_tuning import InstructionTuning
 from ivl_lightning.stages.mlp_warmup import MLPWarmup
 from ivl_lightning.strategies.build import build_strategy
+from ivl_lightning.structures import Answer, Record
 from tests import tiny
 
 STEPS = 3
@@ -36,6 +41,7 @@ EIGHT_PACKS = ("packs8", "sync8")
 UNVALIDATED = ("clip", "packs8", "sync8", "micro_batch", "compile")
 CLIP = 0.05
 EMA_DECAY = 0.15
+TILE_LIMITS = (1, 4)
 STAGES = {"instruction_tuning": InstructionTuning, "mlp_warmup": MLPWarmup}
 
 
@@ -154,6 +160,7 @@ def stage_of(stage: str, reduction: str, rule: str, settings: StrategyConfig) ->
         # With such an eps a step is a multiple of the gradient, nearly. Adam's own divides rounding by rounding.
         optim=OptimConfig(lr=0.3, eps=1.0, schedule="constant", warmup_steps=0),
         generation_tokens=4,
+        evaluation=EvalConfig(metrics={"pictures": "anls"}),
         sharding=settings,
     )
 
@@ -167,7 +174,31 @@ def data_of(meta: Path, rule: str) -> DynamicPackingDataModule:
         packs_per_step=8 if rule in EIGHT_PACKS else 4,
         batch_samples=int(rule.removeprefix("batch")) if rule.startswith("batch") else None,
     )
-    return DynamicPackingDataModule(config, tiny.load_tiny_tokenizer(), patch_size=tiny.PATCH_SIZE)
+    return DynamicPackingDataModule(
+        config, tiny.load_tiny_tokenizer(), patch_size=tiny.PATCH_SIZE, tile_limits=TILE_LIMITS
+    )
+
+
+def scores_at_limits(trainer: L.Trainer, module: L.LightningModule, data: DynamicPackingDataModule) -> dict[str, Any]:
+    """What the network answers at each tile limit."""
+    trainer.test(module, data, verbose=False)
+    return {str(limit): scores for limit, scores in module.tile_scores.items()}
+
+
+def scores_of_shares(rank: int, world_size: int) -> dict[str, float]:
+    """Scores of six answers that are dealt to the ranks; every rank must ask for them."""
+    scores = AnswerScores()
+    scores.add("votes", "vqa_score")
+    scores.add("words", "exact_match")
+    truths = ("a cat", "dog", "cat.", "bird", *map(str, range(6)))
+    given = [("votes", "cat"), ("votes", "bird"), ("words", "a cat"), ("words", "b"), ("words", "bird"), ("words", "4")]
+    scores.update(
+        [
+            Answer(Record(dataset, "", 1, {}), "", "", truths, text, tokens, tokens > 4, prompt_tokens=1, tiles=0)
+            for tokens, (dataset, text) in enumerate(given)
+        ][rank::world_size]
+    )
+    return {name: float(value) for name, value in scores.compute().items()}
 
 
 def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
@@ -188,6 +219,8 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
     recorder = LayoutRecorder(weights=averages and strategy == "single" and not resumes)
     folder = out / f"{stage}-{reduction}-{kind}-{ranks or world_size}"
     keeps = rule in ("step", "ema") and strategy in ("single", "ddp")
+    asks = (stage, reduction) == ("instruction_tuning", "square") and kind in ("step", "ema")
+    cards = SampleCards(str(out / f"cards-{strategy}-{rule}-{world_size}"), rows=5, every_n_steps=1)
     keep = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -203,7 +236,12 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
         num_sanity_val_steps=0,
         limit_val_batches=1.0,
         default_root_dir=out,
-        callbacks=[recorder, *([keep] if keeps else []), *([EMA(EMA_DECAY)] if averages else [])],
+        callbacks=[
+            recorder,
+            *([keep] if keeps else []),
+            *([EMA(EMA_DECAY)] if averages else []),
+            *([cards] if asks else []),
+        ],
     )
     sent = Collectives()
     with sent if kind in EIGHT_PACKS or stage == "mlp_warmup" else nullcontext():
@@ -217,4 +255,9 @@ def fit(meta: Path, out: Path, case: str, world_size: int) -> dict[str, Any]:
         "trajectory": recorder.weights,
         "weights": weights_of(module) if averages else {},
         "validation": {} if kind in UNVALIDATED else trainer.validate(module, data, verbose=False)[0],
+        "limits": scores_at_limits(trainer, module, data) if rule == "step" and reduction == "square" else {},
+        "shares": scores_of_shares(trainer.global_rank, world_size),
+        "cards": [
+            [card.step, card.dataset, card.line, card.generated] for card in read_cards(cards.folder / SAMPLES_NAME)
+        ],
     }

@@ -135,6 +135,54 @@ def test_validation_is_the_same(results, group, case):
     assert ours == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(("group", "case"), [entry for entry in LAYOUTS if entry[1].endswith(f"{TUNING}/square/step")])
+def test_answers_at_tile_limits_are_the_same(results, group, case):
+    """All ranks answer all rows at both limits, in one order."""
+    ours, wanted = results[group][case]["limits"], results["1"][alone(case)]["limits"]
+    assert ours.keys() == wanted.keys() == {"1", "4"}
+    assert wanted["4"]["tiles"] > wanted["1"]["tiles"] > 0.0
+    for limit, scores in wanted.items():
+        assert {"anls/pictures", "exact_match/text", "score"} <= scores.keys()
+        assert scores["answer_tokens"] > 0.0
+        assert ours[limit] == pytest.approx(scores, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("group", "case"), [("1", ONE[0]), ("2", TWO[0]), ("4", FOUR[1]), ("nodes", NODES[0])])
+def test_scores_add_up_over_ranks(results, group, case):
+    """Ten votes: two for the cat, 0.6, and one for the bird, 0.3, mean 0.45. Of four words three are right.
+
+    Of six answers one is cut off; tokens (0 + ... + 5) / 6. With four ranks two have one answer and none of a dataset.
+    """
+    assert results[group][case]["shares"] == pytest.approx(
+        {
+            "vqa_score/votes": 0.45,
+            "vqa_score": 0.45,
+            "exact_match/words": 0.75,
+            "exact_match": 0.75,
+            "score": 0.6,
+            "repeats": 0.0,
+            "cut_off": 1 / 6,
+            "answer_tokens": 2.5,
+        }
+    )
+
+
+PROBED = [("2", f"ddp/{AVERAGED}"), *((group, case) for group, case in LAYOUTS if case.endswith(REDUCTIONS[0]))]
+
+
+@pytest.mark.parametrize(("group", "case"), [*PROBED, *(("2", case) for case in GROWN), *(("1", c) for c in SHRUNK)])
+def test_the_probe_set_answers_alike(results, group, case):
+    """The same rows in the same order at the same steps, of 5 rows on up to 4 ranks; a resumed run begins at step 2.
+
+    Averages answer where there are some, and sharded ones are put in place and back between two steps.
+    """
+    rule = AVERAGED if "ema" in case else REDUCTIONS[0]
+    ours, wanted = results[group][case]["cards"], results["1"][f"single/{rule}"]["cards"]
+    steps = (2, 3) if "resume" in case else (0, 1, 2, 3)
+    assert len(wanted) == 4 * 5
+    assert ours == [card for card in wanted if card[0] in steps]
+
+
 @pytest.mark.parametrize("group", ["4", "nodes"])
 def test_ranks_without_a_label_take_part(results, group):
     """Packs of the last step: 13 and 17 labels, and two that are empty."""

@@ -87,5 +87,7 @@ def test_a_cached_reference_is_the_base(results):
 def test_validation_alone_needs_no_cache(results, reference):
     """From the last checkpoint in a new stage: what validation behind the fit gave; rewards are not 0."""
     ours, wanted = results[f"single/{reference}/validate"], results[f"single/{reference}/whole"]["validation"]
+    # A trainer that only validates has made no step.
+    assert (ours.pop("step"), wanted.pop("step")) == (0, 3)
     assert ours == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     assert abs(ours["val/reward_margin"]) > 1e-3

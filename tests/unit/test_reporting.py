@@ -5,20 +5,22 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from PIL import Image
 from rich.console import Console
 
-from ivl_lightning.reporting.environment import git_commit
-from ivl_lightning.reporting.metrics_csv import Metrics, read_metrics, smoothed, thinned
-from ivl_lightning.reporting.pictures import card_picture, picture_reader
+from ivl_lightning.constants import METRICS_NAME, TILE_CURVE_NAME
+from ivl_lightning.data.sample_file import SAMPLES_NAME, SampleCard
+from ivl_lightning.environment import ENVIRONMENT_NAME
+from ivl_lightning.reporting.logged_metrics import Metrics, read_metrics, smoothed, thinned
 from ivl_lightning.reporting.report import write_report
 from ivl_lightning.reporting.run_folder import StageSummary, read_run
 from ivl_lightning.reporting.table import duration, print_stage_table
+from ivl_lightning.reporting.training_figures import distinct_rates
 
 
 def summary(stage: str, **changes: Any) -> StageSummary:
@@ -30,6 +32,7 @@ def summary(stage: str, **changes: Any) -> StageSummary:
         "loss_last": 0.125,
         "scores": {
             "val/loss": 0.5,
+            "val/score": 0.75,
             "val/exact_match": 0.75,
             "val/exact_match/color": 1.0,
             "val/exact_match/shape": 0.5,
@@ -54,15 +57,23 @@ def write_config(folder: Path, **changes: Any) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
 
 
-def write_csv(folder: Path, version: int, *lines: str) -> None:
-    target = folder / "csv" / f"version_{version}"
-    target.mkdir(parents=True)
-    (target / "metrics.csv").write_text("".join(f"{line}\n" for line in lines))
-
-
 def sample(**changes: Any) -> dict[str, Any]:
-    values = {"step": 40, "dataset": "color", "file": "val.jsonl", "line": 1, "images": []}
-    return {**values, "question": "What color?", "expected": "red", "generated": "red", **changes}
+    card = SampleCard(
+        step=40,
+        dataset="color",
+        file="val.jsonl",
+        line=1,
+        digest="d",
+        question="What color?",
+        expected="red",
+        generated="red",
+        truths=["red"],
+        metric="exact_match",
+        score=1.0,
+        tiles=0,
+        prompt_tokens=12,
+    )
+    return {**asdict(card), **changes}
 
 
 def write_lines(file: Path, *rows: dict[str, Any]) -> None:
@@ -71,23 +82,26 @@ def write_lines(file: Path, *rows: dict[str, Any]) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Two finished stages with everything a stage leaves."""
+    """Two finished stages, without the metrics that figures are drawn from."""
     run = tmp_path / "first_run"
     for name in ("mlp_warmup", "instruction_tuning"):
-        folder = run / name
-        write_done(folder)
-        write_config(folder)
-        write_csv(
-            folder,
-            0,
-            "step,train/loss,data/fill_tokens,data/fill_tiles,data/samples,data/tokens_per_s,data/tiles_per_s,"
-            "val/loss,val/exact_match,val/exact_match/color,data/idle,train/loss/charts,data/tokens/charts",
-            "0,5.25,0.9,0.8,10,100,7,,,,0.25,6.5,1000",
-            "1,0.125,0.7,0.6,20,300,9,,,,0.35,4.75,2345",
-            "1,,,,,,,0.5,0.75,1.0,,,",
-        )
-        write_lines(folder / "samples.jsonl", sample())
+        write_done(run / name)
+        write_config(run / name)
+        write_lines(run / name / SAMPLES_NAME, sample())
     return run
+
+
+@pytest.fixture
+def logged_run(run_dir: Path) -> Path:
+    """The same with metrics."""
+    packing = ("fill_tokens", "fill_tiles", "samples", "tokens_per_s", "tiles_per_s", "idle", "tokens/charts")
+    columns = ("step", "train/loss", "train/loss/charts", *(f"data/{name}" for name in packing))
+    trained = [(1, 5.25, 6.5, 0.9, 0.8, 10, 100, 7, 0.25, 1000), (2, 0.125, 4.75, 0.7, 0.6, 20, 300, 9, 0.35, 2345)]
+    validated = {"step": 2, "val/loss": 0.5, "val/score": 0.75, "val/exact_match": 0.75, "val/exact_match/color": 1.0}
+    for name in ("mlp_warmup", "instruction_tuning"):
+        rows = (dict(zip(columns, row, strict=True)) for row in trained)
+        write_lines(run_dir / name / METRICS_NAME, *rows, validated)
+    return run_dir
 
 
 def page(run: Path) -> str:
@@ -97,23 +111,24 @@ def page(run: Path) -> str:
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_later_version_wins_and_sparse_rows_of_a_step_join(tmp_path: Path) -> None:
-    write_csv(tmp_path, 2, "step,train/loss,val/loss", "0,5,", "1,4,", "1,,0.9")
-    write_csv(tmp_path, 10, "step,train/loss,lr", "1,3,0.1", "2,2,0.1")
-    metrics = read_metrics(tmp_path / "csv")
+def test_later_lines_win_and_sparse_lines_of_a_step_join(tmp_path: Path) -> None:
+    first = [{"step": 1, "train/loss": 5}, {"step": 2, "train/loss": 4}, {"step": 2, "val/loss": 0.9}]
+    again = [{"step": 2, "train/loss": 3, "lr": 0.1}, {"step": None, "own": 1}, {"step": 3, "train/loss": 2, "lr": 0.1}]
+    write_lines(tmp_path / METRICS_NAME, *first, *again)
+    metrics = read_metrics(tmp_path)
     assert metrics.by_step == {
-        0: {"train/loss": 5},
-        1: {"train/loss": 3, "val/loss": 0.9, "lr": 0.1},
-        2: {"train/loss": 2, "lr": 0.1},
+        1: {"train/loss": 5},
+        2: {"train/loss": 3, "val/loss": 0.9, "lr": 0.1},
+        3: {"train/loss": 2, "lr": 0.1},
     }
-    assert metrics.series("val/loss") == [(1, 0.9)]
+    assert metrics.series("val/loss") == [(2, 0.9)]
 
 
 def test_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
-    write_csv(tmp_path, 0, "step,train/loss", "0,5", "1,4")
-    file = tmp_path / "csv" / "version_0" / "metrics.csv"
-    file.write_text(file.read_text() + "2,3.4e")
-    assert read_metrics(tmp_path / "csv").series("train/loss") == [(0, 5), (1, 4)]
+    file = tmp_path / METRICS_NAME
+    write_lines(file, {"step": 1, "train/loss": 5}, {"step": 2, "train/loss": 4})
+    file.write_text(file.read_text() + '{"step": 3, "train/lo')
+    assert read_metrics(tmp_path).series("train/loss") == [(1, 5), (2, 4)]
 
 
 def test_infinite_and_missing_values_are_not_plotted() -> None:
@@ -143,21 +158,9 @@ def test_stages_stand_in_the_order_of_the_chain(run_dir: Path) -> None:
     assert names == ["language_warmup", "mlp_warmup", "instruction_tuning"]
 
 
-def test_last_validation_shows_each_row_once(run_dir: Path) -> None:
-    write_lines(
-        run_dir / "mlp_warmup" / "samples.jsonl",
-        sample(step=20, generated="old"),
-        sample(generated="mid-training"),
-        sample(line=2),
-        sample(generated="at the end"),
-    )
-    samples = read_run(run_dir).stages[0].last_samples()
-    assert [(card["line"], card["generated"]) for card in samples] == [(1, "at the end"), (2, "red")]
-
-
-def test_unfinished_stage_is_told_from_its_log(run_dir: Path) -> None:
-    (run_dir / "instruction_tuning" / "done.json").unlink()
-    stage = read_run(run_dir).stages[1]
+def test_unfinished_stage_is_told_from_its_log(logged_run: Path) -> None:
+    (logged_run / "instruction_tuning" / "done.json").unlink()
+    stage = read_run(logged_run).stages[1]
     assert not stage.finished
     assert (stage.summary.steps, stage.summary.loss_first, stage.summary.loss_last) == (2, 5.25, 0.125)
     assert stage.summary.scores["val/exact_match/color"] == 1.0
@@ -177,7 +180,7 @@ def test_table_is_whole_at_usual_widths(width: int) -> None:
     text = output.getvalue()
     for part in ("instruction_tuning", "projector", "llm", "40", "0.688 -> 0.125", "75.0%", "2 min 10 s"):
         assert part in text
-    assert "none -> none" in text
+    assert text.count("none") == 5, "rewards of both, and loss, score and time of the second"
     assert not re.search(r"\bnan\b|\bNone\b", text)
 
 
@@ -191,37 +194,23 @@ def test_duration(seconds: float, text: str) -> None:
 # -- page -------------------------------------------------------------------------------------------------------------
 
 
-def test_page_shows_run_stages_scores_packing_and_settings(run_dir: Path) -> None:
-    (run_dir / "command.txt").write_text("python train.py run_dir='first run'\n")
-    text = page(run_dir)
+def test_page_shows_run_stages_scores_packing_and_settings(logged_run: Path) -> None:
+    (logged_run / "command.txt").write_text("python train.py run_dir='first run'\n")
+    text = page(logged_run)
     shares = ("75.0%", "80.0%", "70.0%", "30.0%")
     for part in ("first_run", "Recipe small, model tiny", "5.25 -&gt; 0.125", "1 min 15 s", *shares):
         assert part in text
-    assert text.count('class="plot" src="data:image/svg+xml;base64,') == 3
-    assert "<td>charts</td><td>2,345</td><td>none</td><td>4.75</td>" in text
+    assert text.count('class="plot" src="data:image/svg+xml;base64,') == 4
+    assert '<td>charts</td><td>2,345</td><td class="none">&ndash;</td><td>4.75</td>' in text
     assert "<td>shape</td><td>50.0%</td><td>50.0%</td>" in text
     assert text.count("every row was used") == 2
     assert "python train.py run_dir=&#39;first run&#39;" in text
-    assert text.count("<details><summary>") == 2
     assert "name: tiny" in text
-
-
-def test_page_needs_no_other_file(run_dir: Path) -> None:
-    picture = run_dir / "red.png"
-    Image.new("RGB", (64, 64), "red").save(picture)
-    write_lines(run_dir / "mlp_warmup" / "samples.jsonl", sample(images=[str(picture)]))
-    text = page(run_dir)
-    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(sources) == 4
-    assert all(source.startswith("data:image/") for source in sources)
-    assert "url(" not in text
 
 
 def test_user_text_is_escaped(run_dir: Path) -> None:
     attack = "<script>alert(1)</script>"
-    write_lines(
-        run_dir / "mlp_warmup" / "samples.jsonl", sample(question=attack, generated=attack, dataset=f'"{attack}')
-    )
+    write_lines(run_dir / "mlp_warmup" / SAMPLES_NAME, sample(question=attack, generated=attack, dataset=f'"{attack}'))
     row = {"dataset": attack, "file": attack, "line": 3, "id": None, "reason": attack, "message": attack}
     write_lines(run_dir / "mlp_warmup" / "ledger.jsonl", {**row, "counted": True})
     write_config(run_dir / "instruction_tuning", model={"name": attack})
@@ -231,30 +220,61 @@ def test_user_text_is_escaped(run_dir: Path) -> None:
     assert text.count("&lt;script&gt;") >= 9
 
 
-def test_right_and_wrong_are_marked_by_class_and_by_text(run_dir: Path) -> None:
-    write_lines(
-        run_dir / "instruction_tuning" / "samples.jsonl",
-        sample(generated=" red\n"),
-        sample(line=2, generated="Red"),
-        sample(line=3, generated=""),
+def test_contents_are_the_sections_of_the_page(logged_run: Path) -> None:
+    text = page(logged_run)
+    sections = re.findall(r'<section id="(\w+)">', text)
+    assert re.findall(r'<a href="#(\w+)">', text) == sections
+    assert {"stages", "loss", "scores", "answers", "speed", "datasets", "ledger", "again"} == set(sections)
+
+
+def test_every_validation_number_is_shown(run_dir: Path) -> None:
+    """Two metrics: each has a mean of its own, and every dataset says which is its."""
+    scores = {"val/score": 0.7, "val/anls": 0.4, "val/anls/scans": 0.4, "val/exact_match": 1.0}
+    others = {"val/exact_match/color": 1.0, "val/repeats": 0.25, "val/cut_off": 0.125, "val/answer_tokens": 3.5}
+    write_done(run_dir / "instruction_tuning", scores={**scores, **others})
+    text = page(run_dir)
+    for row in (
+        "<td>scans (anls)</td>{}<td>40.0%</td>",
+        "<td>color (exact match)</td><td>100.0%</td><td>100.0%</td>",
+        "<td>mean anls</td>{}<td>40.0%</td>",
+        "<td>mean</td><td>75.0%</td><td>70.0%</td>",
+        "<td>answers that repeat themselves</td>{}<td>25.0%</td>",
+        "<td>answers cut off at the limit</td>{}<td>12.5%</td>",
+        "<td>tokens of an answer</td>{}<td>3.5</td>",
+    ):
+        assert row.format('<td class="none">&ndash;</td>') in text
+    assert "by exact match, anls" in text
+
+
+def test_curves_of_what_was_logged_are_drawn(run_dir: Path) -> None:
+    folder = run_dir / "mlp_warmup"
+    rates = [{"step": step, "lr/llm": 0.1, "lr/llm_no_decay": 0.1, "train/grad_norm/llm": 1.5} for step in (1, 2)]
+    write_lines(folder / METRICS_NAME, *rates, {"step": 2, "speed/mfu": 0.4, "data/idle": 0.1})
+    (folder / TILE_CURVE_NAME).write_text(
+        json.dumps([{"max_tiles": n, "score": n / 10, "prompt_tokens": 300.0 * n} for n in (1, 6)])
     )
+    metrics = read_run(run_dir).stages[0].metrics
+    assert distinct_rates(metrics) == [("llm", [(1, 0.1), (2, 0.1)])], "equal rates of one part are one line"
     text = page(run_dir)
-    deck = text[text.index("instruction_tuning, step 40") : text.index("mlp_warmup, step 40")]
-    assert "1 of 3 kept answers right" in deck
-    assert (deck.count('class="card right"'), deck.count("&#10003; right")) == (1, 1)
-    assert (deck.count('class="card wrong"'), deck.count("&#10007; wrong")) == (2, 2)
-    assert "(nothing)" in deck
+    assert '<section id="optimizer">' in text
+    assert "<h3>Over the tile limit</h3>" in text
+    assert "<td>40.0%</td>" in text, "the median MFU stands in the table"
 
 
-def test_earlier_stages_show_a_few_cards_of_many_kinds(run_dir: Path) -> None:
-    many = [sample(line=line, dataset="color") for line in range(20)] + [sample(line=20, dataset="last kind")]
-    for name in ("mlp_warmup", "instruction_tuning"):
-        write_lines(run_dir / name / "samples.jsonl", *many)
+def test_run_is_told_how_to_be_made_again(run_dir: Path) -> None:
+    """The stage went on with other code on another machine: both are named, the last one's code counts."""
+    (run_dir / "command.txt").write_text("python train.py run_dir=mine\n")
+    first = {"started": "yesterday", "folder": "/home/me/a b", "ivl-lightning": "0.1.0", "devices": "8 x H100"}
+    second = {**first, "started": "today", "devices": "1 x CPU", "git commit": "abc with local changes"}
+    (run_dir / "mlp_warmup" / ENVIRONMENT_NAME).write_text(json.dumps([first]))
+    (run_dir / "instruction_tuning" / ENVIRONMENT_NAME).write_text(json.dumps([first, second]))
     text = page(run_dir)
-    first, last = text.index("mlp_warmup, step 40"), text.index("instruction_tuning, step 40")
-    assert text[last:first].count("<article") == 21
-    assert text[first:].count("<article") == 8
-    assert "last kind, line 20" in text[first:]
+    assert "cd &#39;/home/me/a b&#39;\npython train.py run_dir=mine" in text
+    assert "ivl-lightning 0.1.0, commit abc<" in text
+    assert "local changes" in text
+    assert text.count("<dd>8 x H100</dd>") == 1
+    assert "mlp_warmup, instruction_tuning" in text
+    assert "yesterday" not in text
 
 
 def test_ledger_counts_by_reason_and_shows_the_first_lines(run_dir: Path) -> None:
@@ -276,10 +296,11 @@ def test_counts_of_done_json_stand_in_for_a_lost_ledger(run_dir: Path) -> None:
 # -- gaps -------------------------------------------------------------------------------------------------------------
 
 
-def test_empty_run(tmp_path: Path) -> None:
+def test_empty_run_has_no_empty_sections(tmp_path: Path) -> None:
     text = page(tmp_path)
     assert "0 of 0" in text
-    assert text.count("<p>none</p>") == 8
+    assert re.findall(r'<section id="(\w+)">', text) == ["stages", "again"]
+    assert re.findall(r'<a href="#(\w+)">', text) == ["stages", "again"]
 
 
 def test_stage_that_only_started(run_dir: Path) -> None:
@@ -302,47 +323,3 @@ def test_scores_without_a_log_still_make_a_table(tmp_path: Path) -> None:
     text = page(tmp_path)
     assert "<td>color</td><td>100.0%</td>" in text
     assert "data:image/svg+xml" not in text
-
-
-def test_unreadable_pictures_are_said_to_be_so(run_dir: Path) -> None:
-    images = [str(run_dir / "gone.png"), "s3://bucket/far.png"]
-    write_lines(run_dir / "mlp_warmup" / "samples.jsonl", sample(images=images))
-    text = page(run_dir)
-    assert text.count("no picture:") == 2
-    assert "no such file" in text
-    assert "allowed_schemes" in text
-
-
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "kind", "width", "enlarged"),
-    [((64, 64), "png", 128, True), ((256, 64), "png", 512, True), ((300, 200), "png", 300, False)],
-)
-def test_small_pictures_are_enlarged_on_the_page(
-    tmp_path: Path, size: tuple[int, int], kind: str, width: int, enlarged: bool
-) -> None:
-    file = tmp_path / "picture.png"
-    Image.new("RGB", size).save(file)
-    picture = card_picture(str(file), picture_reader({}))
-    assert picture.source is not None
-    assert picture.source.startswith(f"data:image/{kind};base64,")
-    assert (picture.width, picture.enlarged) == (width, enlarged)
-
-
-def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
-    file = tmp_path / "picture.png"
-    Image.effect_noise((1600, 800), 50).save(file)
-    picture = card_picture(str(file), picture_reader({}))
-    assert picture.source is not None
-    assert picture.source.startswith("data:image/jpeg;base64,")
-    assert len(picture.source) < 60_000
-    assert (picture.width, picture.enlarged) == (360, False)
-
-
-# -- environment ------------------------------------------------------------------------------------------------------
-
-
-def test_no_commit_outside_a_checkout(tmp_path: Path) -> None:
-    assert git_commit(tmp_path) is None

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ivl_lightning.callbacks.sample_cards import SampleCards
+from ivl_lightning.data.contact_sheet import contact_sheet
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.data.media import MediaReader
+from ivl_lightning.data.picture_tiles import picture_tiles
 from ivl_lightning.structures import RowError
 from tests import tiny
 
@@ -167,13 +168,14 @@ def test_frames_stay_below_the_root(meta):
         reader.video_header("../long.gif")
 
 
-def test_cards_show_the_frame_in_the_middle(meta, tmp_path):
-    """Frame 6 of 12 has gray 65; the clip of frames 2 to 5 shows its frame 2, which is frame 4: gray 45."""
-    data = module(meta, val_rows=2)
-    cards = SampleCards(str(tmp_path / "cards"))
-    grays = {"long.gif": {65, 45}, "short.gif": {15}, "folder": {25}}
-    for row in range(len(data.val_corpus)):
-        _, record = data.val_corpus.locate(row)
-        (path,) = cards._pictures(record, data)
-        with Image.open(path) as picture:
-            assert round(np.asarray(picture).mean()) in grays[record.row["video"]]
+def test_a_sheet_shows_every_frame(meta, tmp_path):
+    """6 of 12 frames, of each pair the first one: grays 5, 25, ... 105, with gaps of another gray between them."""
+    data = module(meta)
+    _, record = data.train_corpus.locate(0)
+    encoder = data.train_corpus.encoders[0]
+    (video,) = picture_tiles(encoder, record, encoder.encode_prompt(record)[1])
+    assert (video.name, video.note, video.cols, video.rows) == ("long.gif", "6 frames, one tile each", 6, 1)
+    sheet = np.asarray(contact_sheet(video).convert("L"))
+    assert sheet.shape == (32, 6 * 32 + 5 * 2)
+    assert sheet[16, 16::34].tolist() == [5, 25, 45, 65, 85, 105]
+    assert set(sheet[:, 32]) == set(sheet[:, 33]) == {179}

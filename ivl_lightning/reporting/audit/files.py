@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl_lightning.data.quality import RULES
+from ivl_lightning.environment import environment, now
 from ivl_lightning.reporting.audit.audit import Audit
 from ivl_lightning.reporting.audit.flagged import Flagged
 from ivl_lightning.reporting.audit.opened import Example
@@ -33,10 +34,9 @@ def write_audit(audit: Audit, folder: Path, command: str) -> Path:
     """
     # Imported late: matplotlib takes its time.
     from ivl_lightning.reporting.audit.page import render
-    from ivl_lightning.reporting.environment import environment
 
     folder.mkdir(parents=True, exist_ok=True)
-    versions = environment()
+    versions = {"written": now(), **environment()}
     write_whole(folder / DATA_NAME, as_text({**audit.as_json(), "command": command, "environment": versions}))
     write_whole(folder / PAGE_NAME, [render(audit, command, versions)])
     return folder / PAGE_NAME

@@ -8,7 +8,7 @@ from ivl_lightning.data.annotations import RowMedia
 from ivl_lightning.data.encoding import RowEncoder
 from ivl_lightning.data.locations import url_scheme
 from ivl_lightning.data.media import ImageHeader, MediaReader
-from ivl_lightning.data.tiling import count_tiles, tile_budget
+from ivl_lightning.data.tiling import count_tiles
 from ivl_lightning.reporting.audit.findings import Scan, place
 from ivl_lightning.structures import Record
 
@@ -58,12 +58,6 @@ def _remarks(header: ImageHeader, reader: MediaReader) -> Iterator[str]:
         yield STRETCHED
 
 
-def tile_limit(encoder: RowEncoder, num_images: int) -> int:
-    """Grid tiles that each of a row's pictures may have, before a row is shrunk to fit a pack."""
-    settings, own = encoder.settings, encoder.spec.max_dynamic_patch
-    return tile_budget(settings.max_tiles if own is None or not settings.dataset_tiles else own, num_images)
-
-
 def most_tiles(encoder: RowEncoder, paths: Sequence[str], limit: int | None = None) -> int:
     """Tiles of a row's pictures, thumbnails included.
 
@@ -75,5 +69,5 @@ def most_tiles(encoder: RowEncoder, paths: Sequence[str], limit: int | None = No
     Raises:
         RowError: a header cannot be read.
     """
-    tiling = encoder.settings.tiling(limit or tile_limit(encoder, len(paths)))
+    tiling = encoder.settings.tiling(limit or encoder.tile_limit(len(paths)))
     return sum(count_tiles(*encoder.reader.image_size(path), **tiling) for path in paths)

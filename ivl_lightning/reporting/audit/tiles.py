@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
-from ivl_lightning.data.annotations import media_of
 from ivl_lightning.data.encoding import RowEncoder
-from ivl_lightning.data.tiling import choose_grid
-from ivl_lightning.reporting.audit.headers import tile_limit
+from ivl_lightning.data.picture_tiles import PictureTiles, picture_tiles, tile_image
 from ivl_lightning.structures import Record
 
 SHOWN_SIDE = 168
@@ -50,50 +47,15 @@ def shown_images(encoder: RowEncoder, record: Record, pixels: Tensor | None) -> 
         record: the row.
         pixels: uint8 tiles `[N, 3, S, S]` of the whole row.
     """
-    if pixels is None:
-        return []
-    media = media_of(record.row)
-    if media.kind == "video":
-        return [_frames(media.video or "", pixels)]
-    counts = encoder.measure(record).tiles
-    sizes = [encoder.reader.image_size(path) for path in media.images]
-    grids = _grids(encoder, sizes, counts)
-    shown, start = [], 0
-    for path, size, grid, count in zip(media.images, sizes, grids, counts, strict=True):
-        shown.append(_picture(path, size, grid, pixels[start : start + count]))
-        start += count
-    return shown
+    return [_shown(picture) for picture in picture_tiles(encoder, record, pixels)]
 
 
-def _frames(path: str, pixels: Tensor) -> ShownImage:
-    note = f"{len(pixels)} frames, one tile each: the most that it may get"
-    return ShownImage(path, note, min(len(pixels), 8), [data_uri(tile) for tile in pixels], None, frames=True)
-
-
-def _picture(path: str, size: tuple[int, int], grid: tuple[int, int], pixels: Tensor) -> ShownImage:
-    cols, rows = grid
-    tiles = [data_uri(tile) for tile in pixels]
-    thumbnail = tiles.pop() if len(tiles) > cols * rows else None
-    note = f"{size[0]} x {size[1]} pixels, grid {cols} x {rows}{' and thumbnail' if thumbnail else ''}"
-    return ShownImage(path, note, cols, tiles, thumbnail)
-
-
-def _grids(encoder: RowEncoder, sizes: Sequence[tuple[int, int]], counts: Sequence[int]) -> list[tuple[int, int]]:
-    """The grids whose tiles were counted: those of the row's limit, or of the lower one it was shrunk to."""
-    settings = encoder.settings
-    for max_tiles in range(tile_limit(encoder, len(sizes)), 0, -1):
-        least = min(settings.min_tiles, max_tiles)
-        grids = [
-            choose_grid(*size, min_tiles=least, max_tiles=max_tiles, tile_size=settings.tile_size) for size in sizes
-        ]
-        if [_tiles(grid, settings.use_thumbnail) for grid in grids] == list(counts):
-            return grids
-    raise AssertionError(f"no limit gives {list(counts)} tiles to pictures of {list(sizes)}")
-
-
-def _tiles(grid: tuple[int, int], use_thumbnail: bool) -> int:
-    count = grid[0] * grid[1]
-    return count + 1 if use_thumbnail and count > 1 else count
+def _shown(picture: PictureTiles) -> ShownImage:
+    tiles = [data_uri(tile) for tile in picture.tiles]
+    thumbnail = tiles.pop() if picture.thumbnail else None
+    frames = picture.size is None
+    note = f"{picture.note}: the most that it may get" if frames else picture.note
+    return ShownImage(picture.name, note, picture.cols, tiles, thumbnail, frames)
 
 
 def data_uri(tile: Tensor) -> str:
@@ -102,7 +64,7 @@ def data_uri(tile: Tensor) -> str:
     Args:
         tile: uint8 `[3, S, S]`.
     """
-    image = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy())
+    image = tile_image(tile)
     kind, options = "png", {}
     if max(image.size) > SHOWN_SIDE:
         image = image.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
