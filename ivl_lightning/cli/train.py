@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
+from ivl_lightning.cli.multirun import conclude
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE
-from ivl_lightning.launch.command import job_folder, sequel_configs, stage_configs, take_arguments
+from ivl_lightning.launch.command import job_arguments, sequel_configs, stage_configs, take_arguments
 from ivl_lightning.launch.crew import Crew
 from ivl_lightning.launch.dry_run import print_dry_run, stand_ins, traces_aside
 from ivl_lightning.launch.meeting import LostRankError
+from ivl_lightning.launch.multirun import Multirun
 from ivl_lightning.launch.ranks import check_ranks, started_ranks
 from ivl_lightning.launch.replay import write_replay
-from ivl_lightning.launch.signals import StopRequestedError
+from ivl_lightning.launch.signals import JobsStoppedError, StopRequestedError
 from ivl_lightning.launch.slurm import requeue, submit_command
 
 if TYPE_CHECKING:
@@ -38,10 +41,11 @@ def main() -> None:
             _follow(crew)
             return
         with crew.leading():
-            take_arguments()
+            given = shlex.join(["python", "train.py", *sys.argv[1:]])
+            take_arguments(starts_jobs=True)
             with traces_aside(sys.argv[1:]) as arguments:
                 sys.argv[1:] = arguments
-                _compose_and_run(crew)
+                _compose_and_run(crew, given)
 
 
 def _crew() -> Crew:
@@ -59,18 +63,57 @@ def _follow(crew: Crew) -> None:
         sys.exit(f"error: {error}")
 
 
-def _compose_and_run(crew: Crew) -> None:
-    @hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="train")
-    def command(composed: DictConfig) -> None:
+class Command:
+    """What Hydra calls: with the composed configuration of a run, or with the jobs of a multirun.
+
+    Args:
+        crew: processes of this command.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+        self.multirun = Multirun(crew.ranks)
+
+    def __call__(self, composed: DictConfig) -> None:
+        """Run the stages of a run."""
         try:
-            run(composed, crew)
+            run(composed, self.crew)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+        except ValueError as error:
+            # Imported late: wrong settings need no torch, and who raises it has imported it.
+            from ivl_lightning.checkpoints.source import CheckpointError
+
+            if not isinstance(error, CheckpointError):
+                raise
+            sys.exit(f"error: {error}")
+
+    def run_jobs(self, master: DictConfig, batch: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        """Run jobs of a multirun."""
+        try:
+            return self.multirun.run_jobs(master, batch, first)
         except ConfigError as error:
             sys.exit(f"error: {error}")
 
+    def conclude(self, given: str) -> bool:
+        """Say what the jobs of a multirun have come to; whether none has failed.
+
+        Args:
+            given: the command line.
+        """
+        folder, results = self.multirun.folder, list(self.multirun.results.values())
+        return folder is None or not results or conclude(folder, given, results)
+
+
+def _compose_and_run(crew: Crew, given: str) -> None:
+    command = Command(crew)
     try:
-        command()
-    except StopRequestedError as stop:
+        hydra.main(version_base="1.3", config_path="pkg://ivl_lightning.conf", config_name="train")(command)()
+    except (StopRequestedError, JobsStoppedError) as stop:
+        command.conclude(given)
         _stop(stop, crew)
+    if not command.conclude(given):
+        sys.exit(1)
 
 
 def run(composed: DictConfig, crew: Crew) -> None:
@@ -83,12 +126,13 @@ def run(composed: DictConfig, crew: Crew) -> None:
     if composed.dry_run:
         print_dry_run(stage_configs(composed, stand_ins(composed)))
         return
-    configs, run_dir = stage_configs(composed), job_folder(composed.run_dir)
-    # Stages that are picked are all that is wanted.
-    sequels = sequel_configs(configs) if composed.stages is None else {}
+    overrides = HydraConfig.get().overrides.task
+    configs, run_dir = stage_configs(composed), composed.run_dir
+    sequels = sequel_configs(configs, overrides)
     chains = [configs, *sequels.values()]
     if composed.launcher.name == "slurm":
-        submit_command(chains, crew.ranks, run_dir)
+        launcher = next(iter(configs.values())).launcher
+        submit_command(launcher, job_arguments(overrides, run_dir), crew.ranks, run_dir)
         return
     for chain in chains:
         check_ranks(crew.ranks, chain)
@@ -121,9 +165,10 @@ def _run_chains(
     _report(run_dir)
 
 
-def _stop(stop: StopRequestedError | StageStoppedError, crew: Crew) -> NoReturn:
+def _stop(stop: StopRequestedError | StageStoppedError | JobsStoppedError, crew: Crew) -> NoReturn:
     print(stop, file=sys.stderr)
-    if crew.wants_requeue and (told := requeue(os.environ)):
+    asked = stop.wants_requeue if isinstance(stop, JobsStoppedError) else crew.wants_requeue
+    if asked and (told := requeue(os.environ)):
         print(told, file=sys.stderr)
     sys.exit(PREEMPTED_EXIT_CODE)
 

@@ -10,7 +10,6 @@ from typing import Any
 from hydra.utils import get_method
 from rich import print as rich_print
 
-from ivl_lightning.checkpoints.run_folders import weights_folder
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import PrepareConfig, RunConfig
 from ivl_lightning.constants import DONE_NAME, PREEMPTED_EXIT_CODE, WEIGHTS_FOLDER
@@ -22,7 +21,7 @@ from ivl_lightning.launch.finished import (
     deciding_settings,
     read_finished,
 )
-from ivl_lightning.launch.start import HOW_TO_START, how_to_give_tower
+from ivl_lightning.launch.start import first_weights
 
 
 class StageFailedError(RuntimeError):
@@ -57,29 +56,13 @@ def run_chain(configs: Mapping[str, RunConfig], crew: Crew | None = None) -> lis
     """
     crew = crew or Crew()
     results = []
-    source: str | None = None
+    source = first_weights(configs)
     for name, config in configs.items():
         if source is not None:
             config = replace(config, init_from=source)
-        elif config.init_from is not None:
-            config = replace(config, init_from=str(weights_folder(config.init_from)))
-        elif not (config.model.path or config.model.language_model_path or config.model.random_weights):
-            raise ConfigError(f"stage {name} has no weights to start from: {HOW_TO_START}")
-        _check_tower(config)
         results.append(_run_or_skip(name, config, crew))
         source = str(stage_folder(config, name) / WEIGHTS_FOLDER)
     return results
-
-
-def _check_tower(config: RunConfig) -> None:
-    """A language model of its own needs a vision tower from somewhere."""
-    model, donor = config.model, config.scaling.donor
-    if model.language_model_path is None or any((config.init_from, model.path, model.vision_path, donor)):
-        return
-    raise ConfigError(
-        f"model.language_model_path={model.language_model_path} has no vision tower beside it: "
-        f"{how_to_give_tower(config.recipe.donor)}"
-    )
 
 
 def stage_folder(config: RunConfig, name: str) -> Path:

@@ -14,16 +14,23 @@ from omegaconf import DictConfig, OmegaConf
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import PREFERENCE_STAGE
+from ivl_lightning.launch.agent_arguments import plain_arguments
 from ivl_lightning.launch.compose import compose_stage, stage_names
-from ivl_lightning.launch.overrides import check_keys, complete, literal
+from ivl_lightning.launch.overrides import check_keys, complete, literal, with_job_launcher
 
 
-def take_arguments() -> None:
-    """Complete and check `sys.argv` before Hydra sees it; a misspelt setting ends the command with its message."""
+def take_arguments(*, starts_jobs: bool = False) -> None:
+    """Complete and check `sys.argv` before Hydra sees it; a misspelt setting ends the command with its message.
+
+    Args:
+        starts_jobs: whether a multirun of this command runs its jobs as processes of their own.
+    """
     recipes = [path.name.removesuffix(".yaml") for path in files("ivl_lightning.conf").joinpath("recipe").iterdir()]
-    arguments = complete(sys.argv[1:], recipes)
     try:
+        arguments = complete(plain_arguments(sys.argv[1:]), recipes)
         check_keys(arguments)
+        if starts_jobs:
+            arguments = with_job_launcher(arguments)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     sys.argv[1:] = arguments
@@ -39,33 +46,48 @@ def stage_configs(composed: DictConfig, extra: Sequence[str] = ()) -> dict[str, 
     Raises:
         ConfigError: a wrong setting.
     """
-    arguments = [*HydraConfig.get().overrides.task, *_search_path(), *extra]
+    arguments = [*HydraConfig.get().overrides.task, *search_path(), *extra]
     # What is added may change the recipe that was composed without it.
-    return _chain(composed, arguments, job_folder(composed.run_dir), None if extra else composed.recipe)
+    return _chain(composed, arguments, _job_folder(composed.run_dir), None if extra else composed.recipe)
 
 
-def sequel_configs(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, RunConfig]]:
+def configs_of(overrides: Sequence[str], run_dir: str) -> dict[str, RunConfig]:
+    """Stage name -> configuration, for each stage of a run with these overrides.
+
+    Args:
+        overrides: in the place of the command line's.
+        run_dir: its run folder.
+
+    Raises:
+        ConfigError: a wrong setting.
+    """
+    arguments = [*overrides, *search_path()]
+    composed = compose("train", overrides=[*arguments, f"run_dir={literal(run_dir)}"])
+    return _chain(composed, arguments, run_dir, composed.recipe)
+
+
+def sequel_configs(configs: Mapping[str, RunConfig], overrides: Sequence[str]) -> dict[str, dict[str, RunConfig]]:
     """The runs that follow a finished chain: folder below its run folder -> stage name -> configuration.
 
-    They take over what the command line says of seed, devices, logging and the like, but not which recipe, model or
-    stages.
+    They take over what the overrides say of seed, devices, logging and the like, but not which recipe, model or stages.
+    Stages that are picked are all that is wanted: then there are none.
 
     Args:
         configs: of the chain.
+        overrides: that it was composed with.
 
     Raises:
         ConfigError: a wrong setting.
     """
     first = next(iter(configs.values()))
-    taken = [*filter(_is_taken_over, HydraConfig.get().overrides.task), *_search_path()]
-    found = {}
-    for folder, overrides in first.recipe.sequels.items():
-        if not overrides:
-            continue
-        arguments, run_dir = [*taken, *overrides], f"{first.run_dir}/{folder}"
-        composed = compose("train", overrides=[*arguments, f"run_dir={literal(run_dir)}"])
-        found[folder] = _chain(composed, arguments, run_dir, composed.recipe)
-    return found
+    if first.stages is not None:
+        return {}
+    taken = list(filter(_is_taken_over, overrides))
+    return {
+        folder: configs_of([*taken, *own], f"{first.run_dir}/{folder}")
+        for folder, own in first.recipe.sequels.items()
+        if own
+    }
 
 
 def _chain(
@@ -131,26 +153,27 @@ def _recipe_stages(composed: DictConfig) -> list[str]:
     return [name for name in stages if told or name != PREFERENCE_STAGE]
 
 
-def job_folder(run_dir: str) -> str:
+def _job_folder(run_dir: str) -> str:
     """The run folder of this job: the one given, or of a multirun a numbered folder below it."""
     settings = HydraConfig.get()
     return f"{run_dir}/{settings.job.num}" if settings.mode == RunMode.MULTIRUN else run_dir
 
 
-def job_arguments(run_dir: str) -> list[str]:
-    """This command's arguments for the ranks of a job that a launcher starts.
+def job_arguments(overrides: Sequence[str], run_dir: str) -> list[str]:
+    """Arguments of `train.py` for a process that does what this command would do with these overrides.
 
     Args:
-        run_dir: of this command, or of this job of a multirun.
+        overrides: of this command, or of a job of its multirun.
+        run_dir: the same.
     """
     settings = HydraConfig.get()
     own_folders = [source.path for source in settings.runtime.config_sources if source.provider == "command-line"]
     flags = [argument for path in own_folders for argument in ("--config-dir", path)]
     # The launcher's settings stay: with them it may have set the trainer's.
     last = [f"run_dir={literal(run_dir)}", "launcher.name=none"]
-    return [*flags, *settings.overrides.task, *_search_path(), *last]
+    return [*flags, *overrides, *search_path(), *last]
 
 
-def _search_path() -> list[str]:
-    """Config folders of the user's own, for the compositions of the single stages."""
+def search_path() -> list[str]:
+    """Config folders of the user's own, for compositions besides Hydra's."""
     return [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath")]

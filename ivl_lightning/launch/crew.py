@@ -11,7 +11,7 @@ from pathlib import Path
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE
 from ivl_lightning.launch.meeting import Ended, Meeting, Order
 from ivl_lightning.launch.ranks import Ranks
-from ivl_lightning.launch.signals import REQUEUE_SIGNAL, SignalRelay
+from ivl_lightning.launch.signals import REQUEUE_SIGNAL, SignalRelay, shell_code
 from ivl_lightning.launch.stage_process import (
     OWN_END_SECONDS,
     STAGE_COMMAND,
@@ -80,7 +80,7 @@ class Crew:
             folder: of the stage; its config.yaml is written.
         """
         if self._meeting is None:
-            return _positive(self._run_own(str(folder)).code)
+            return shell_code(self._run_own(str(folder)).code)
         self._meeting.give(Order(folder=str(folder)))
         self._run_own(str(folder))
         self._ends = self._meeting.ends()
@@ -95,7 +95,7 @@ class Crew:
         if failure.code != PREEMPTED_EXIT_CODE:
             print(f"error: rank {failure.rank} on {failure.host} failed first, {_how(failure.code)}", file=sys.stderr)
         # A stop on request is one that all ranks agree on.
-        return 1 if silent and failure.code == PREEMPTED_EXIT_CODE else _positive(failure.code)
+        return 1 if silent and failure.code == PREEMPTED_EXIT_CODE else shell_code(failure.code)
 
     def follow(self) -> int:
         """Another rank: do as rank 0 says until it ends the command; returns the exit code.
@@ -142,11 +142,6 @@ class Crew:
 
     def _has_failure(self) -> bool:
         return self._meeting is not None and self._meeting.failure() is not None
-
-
-def _positive(code: int) -> int:
-    """As a shell gives the code of a process that a signal has killed."""
-    return code if code >= 0 else 128 - code
 
 
 def _how(code: int) -> str:

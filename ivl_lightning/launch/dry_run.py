@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,8 @@ from rich.text import Text
 
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import STAGES
+from ivl_lightning.launch.command import configs_of, search_path
+from ivl_lightning.launch.compose import ALIASES
 from ivl_lightning.launch.outline import outline, trained
 from ivl_lightning.launch.outline_inputs import NOT_GIVEN, Line
 from ivl_lightning.launch.overrides import literal, parse
@@ -45,8 +48,27 @@ def stand_ins(composed: DictConfig) -> list[str]:
         return []
     entries = OmegaConf.to_container(composed.recipe.stages, resolve=False)
     assert isinstance(entries, dict)
-    bare = [name for name in STAGES if "meta" not in ((entries.get(name) or {}).get("data") or {})]
+    own = [str(name) for name in composed.stages or ()]
+    names = dict.fromkeys(ALIASES.get(name, name) for name in (*STAGES, *entries, *own))
+    bare = [name for name in names if "meta" not in ((entries.get(name) or {}).get("data") or {})]
     return [f"++recipe.stages.{name}.data.meta={literal(NOT_GIVEN)}" for name in bare]
+
+
+def print_dry_jobs(batch: Sequence[Sequence[str]], first: int, run_dir: str) -> None:
+    """Print the chain of each job of a multirun.
+
+    Args:
+        batch: overrides of each job.
+        first: number of the first.
+        run_dir: of the multirun.
+
+    Raises:
+        ConfigError: a wrong setting.
+    """
+    for number, overrides in enumerate(batch, start=first):
+        job_dir = f"{run_dir}/{number}"
+        composed = compose("train", overrides=[*overrides, *search_path(), f"run_dir={literal(job_dir)}"])
+        print_dry_run(configs_of([*overrides, *stand_ins(composed)], job_dir))
 
 
 def print_dry_run(configs: Mapping[str, RunConfig], console: Console | None = None) -> None:

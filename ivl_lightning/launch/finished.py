@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ _VOLATILE: tuple[str, ...] = (
     "recipe",
     "logger",
     "launcher",
+    "objective",
     "callbacks",
     "strategy",
+    "eval",
     "init_from",
     # What it holds counts: by the hash of the input weights.
     "scaling.donor",
@@ -101,6 +103,23 @@ def read_finished(folder: Path) -> Finished | None:
     if not path.is_file():
         return None
     return Finished(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def finished_stage(name: str, config: RunConfig) -> Finished | None:
+    """What the done.json of a stage says; None where it is not finished. The weights it starts from are not looked at.
+
+    Raises:
+        ConfigError: it was finished with other settings.
+    """
+    folder = Path(config.run_dir) / name
+    finished = read_finished(folder)
+    if finished is None:
+        return None
+    # Where it is not given it is that of the weights.
+    template = config.model.template or finished.settings["model.template"]
+    config = replace(config, model=replace(config.model, template=template))
+    check_same_settings(finished.settings, config, folder, "finished")
+    return finished
 
 
 def check_same(finished: Finished, config: RunConfig, input_weights: str, folder: Path) -> None:

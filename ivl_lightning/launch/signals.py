@@ -20,11 +20,31 @@ REQUEUE_SIGNAL = signal.SIGUSR1
 _REPEAT_SECONDS = 1.0
 
 
+def shell_code(code: int) -> int:
+    """Exit code of a process as a shell gives it, also of one that a signal has killed."""
+    return code if code >= 0 else 128 - code
+
+
 class StopRequestedError(BaseException):
     """A signal came while no stage ran: nothing is to be saved. No Exception, so that nobody takes it for a fault."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"stopped by {name} between two stages; the same command goes on")
+
+
+class JobsStoppedError(BaseException):
+    """A command that starts jobs was asked to stop; no Exception, so that no sweeper takes it for a fault and goes on.
+
+    Args:
+        told: what became of the jobs.
+
+    Attributes:
+        wants_requeue: whether the signal that a scheduler sends before the end has asked for it.
+    """
+
+    def __init__(self, told: str, *, wants_requeue: bool = False) -> None:
+        super().__init__(told)
+        self.wants_requeue = wants_requeue
 
 
 class SignalRelay:

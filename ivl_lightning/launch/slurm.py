@@ -7,13 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivl_lightning.config.check import ConfigError
-from ivl_lightning.config.schema import LauncherConfig, RunConfig
-from ivl_lightning.launch.command import job_arguments
+from ivl_lightning.config.schema import LauncherConfig
 from ivl_lightning.launch.ranks import Ranks
 from ivl_lightning.launch.signals import REQUEUE_SIGNAL
 
@@ -23,27 +22,50 @@ if TYPE_CHECKING:
 _WAIT_SECONDS = 60
 
 
-def submit_command(chains: Iterable[Mapping[str, RunConfig]], ranks: Ranks, run_dir: str) -> None:
+def submit_command(launcher: LauncherConfig, arguments: Sequence[str], ranks: Ranks, run_dir: str) -> None:
     """Submit this command, its settings checked as for a run here, and say where it is to be seen.
 
     Args:
-        chains: stage name -> its configuration, of the run and of those that follow it.
+        launcher: settings of the job.
+        arguments: of `train.py` in the job.
         ranks: that this command was started as.
         run_dir: folder of the run.
 
     Raises:
-        ConfigError: it runs as a job already, a stage counts on other processes, or there is no way to submit.
+        ConfigError: it runs as a job already, or there is no way to submit.
     """
     if ranks.starter != "alone":
         raise ConfigError(
             f"launcher=slurm submits a job, but {ranks.starter} has started {ranks.world_size} processes already: "
             "leave one of the two out"
         )
-    configs = [config for chain in chains for config in chain.values()]
-    launcher = configs[0].launcher
-    folder = Path(launcher.folder or f"{run_dir}/slurm")
-    job = _submit(_executor(launcher, folder, Path(run_dir).name), job_arguments(run_dir))
-    print(_where(launcher, folder, job))
+    job = submit(launcher, arguments, run_dir, name=Path(run_dir).name)
+    print(_where(launcher, log_folder(launcher, run_dir), job))
+
+
+def submit(launcher: LauncherConfig, arguments: Sequence[str], run_dir: str, *, name: str) -> str:
+    """Submit `train.py` with these arguments; the id of the job.
+
+    Args:
+        launcher: settings of the job.
+        arguments: of `train.py` in the job.
+        run_dir: folder of the run.
+        name: of the job, for people.
+
+    Raises:
+        ConfigError: there is no way to submit.
+    """
+    return _submit(_executor(launcher, log_folder(launcher, run_dir), name), list(arguments))
+
+
+def log_folder(launcher: LauncherConfig, run_dir: str) -> Path:
+    """Where the job's script and logs go."""
+    return Path(launcher.folder or f"{run_dir}/slurm")
+
+
+def log_of(launcher: LauncherConfig, run_dir: str, job: str) -> Path:
+    """Where rank 0 of a job writes."""
+    return log_folder(launcher, run_dir) / f"{job}_0_log.out"
 
 
 def _executor(launcher: LauncherConfig, folder: Path, name: str) -> submitit.SlurmExecutor:
@@ -130,13 +152,17 @@ def requeue(environment: Mapping[str, str]) -> str | None:
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return None
-    shown = _scontrol("show", "job", "--oneliner", job)
-    if re.search(r"\bRequeue=0\b", shown.stdout):
+    if job_fields(job).get("Requeue") == "0":
         return f"job {job} may not be requeued (--no-requeue): submit the same command again to go on"
     done = _scontrol("requeue", job)
     if done.returncode:
         return f"job {job} could not be requeued, submit the same command again to go on: {done.stderr.strip()}"
     return f"job {job} is requeued"
+
+
+def job_fields(job: str) -> dict[str, str]:
+    """What Slurm says of a job, name -> value; empty where it does not know it, which is soon after its end."""
+    return dict(re.findall(r"(\w+)=(\S*)", _scontrol("show", "job", "--oneliner", job).stdout))
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:

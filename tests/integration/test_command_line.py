@@ -1,4 +1,4 @@
-"""The command line on a user's own data: mistakes, multirun, W&B offline, FSDP, one stage from another run."""
+"""The command line on a user's own data: mistakes, FSDP, one stage from another run."""
 
 import json
 import subprocess
@@ -15,20 +15,6 @@ from tests.commands import own_arguments, train
 def own(tmp_path_factory):
     """Arguments that train one step on a model and data of one's own, with rows held back."""
     return [*own_arguments(tmp_path_factory.mktemp("own"), steps=1), "data.val_rows=4"]
-
-
-def test_a_multirun_with_wandb_offline(own, tmp_path):
-    """Two jobs, each with a run folder, a configuration and an offline W&B run of its own."""
-    result = train("-m", *own, f"run_dir={tmp_path}", "optim.lr=1e-5,2e-5", "logger=wandb_offline")
-    assert result.returncode == 0, result.stderr[-3000:]
-    for job, lr in enumerate(("1.0e-05", "2.0e-05")):
-        stage = tmp_path / str(job) / "instruction_tuning"
-        assert json.loads((stage / "done.json").read_text())["steps"] == 1
-        assert f"lr: {lr}" in (stage / "config.yaml").read_text()
-        (run,) = stage.glob("wandb/offline-run-*/run-*.wandb")
-        # A stage that goes on logs to the run it has begun.
-        assert run.stem == f"run-{(stage / 'wandb_id.txt').read_text()}"
-        assert list(stage.glob("csv/version_0/metrics.csv"))
 
 
 @pytest.mark.soak

@@ -1,9 +1,9 @@
 """Runs on a real Slurm of one node: srun, `launcher=slurm`, and the signal before the end of a job's time."""
 
-import csv
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ivl_lightning.checkpoints.complete import newest_complete
-from tests.commands import ROOT, environment, own_arguments
+from tests.commands import ROOT, environment, logged, own_arguments
 from tests.slurm_node import slurm_node, why_not
 
 pytestmark = [
@@ -79,11 +79,7 @@ def steps_done(run, stage):
 
 def losses(run):
     """Step -> loss of the second stage as written, the last one where a step was logged twice."""
-    found = {}
-    for path in sorted((run / STAGES[1] / "csv").glob("version_*/metrics.csv")):
-        with path.open() as file:
-            found |= {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
-    return found
+    return logged(run / STAGES[1], "train/loss")
 
 
 def submit(variables, *arguments):
@@ -167,6 +163,35 @@ def test_a_job_that_is_asked_to_end_saves_and_is_not_requeued(own, slurm, tmp_pa
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "75:0", "0"), log.read_text()
     assert "stopped on request after a checkpoint; the same command goes on" in log.read_text()
     assert newest_complete(run / STAGES[1] / "checkpoints") is not None
+
+
+def test_a_multirun_submits_its_jobs_and_waits_for_them(own, slurm, tmp_path):
+    """Three jobs on a node that takes one at a time, the last without weights. Ctrl-C ends the waiting, not the jobs.
+
+    The same command finds them again and submits nothing; once more, and it tries what has failed.
+    """
+    model = next(argument.partition("=")[2] for argument in own if argument.startswith("model.path="))
+    swept = f"model.path={model},{model}/.,/not/there"
+    arguments = ("-m", *own, swept, "stages=[1]", "launcher=slurm", "launcher.gpus_per_node=0", f"run_dir={tmp_path}")
+    first = subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, env=slurm, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: all((tmp_path / f"{job}/slurm_job.json").is_file() for job in range(3)), tmp_path / "none")
+    first.send_signal(signal.SIGINT)
+    _, told = first.communicate(timeout=60)
+    jobs = [json.loads((tmp_path / f"{job}/slurm_job.json").read_text())["id"] for job in range(3)]
+    assert first.returncode == 75, told
+    assert f"scancel {' '.join(jobs)}" in told
+    second = slurm_command(slurm, sys.executable, "train.py", *arguments)
+    assert second.returncode == 1, second.stderr
+    assert [f"(Slurm job {job})" in second.stdout for job in jobs] == [True, True, True]
+    assert "job 2 model.path=/not/there failed with exit code 1\n    error: /not/there: there is no" in second.stderr
+    assert [steps_done(tmp_path / str(job), STAGES[0]) for job in range(2)] == [2, 2]
+    third = slurm_command(slurm, sys.executable, "train.py", *arguments)
+    assert third.stdout.count("is finished, skipped") == 2
+    assert third.stdout.count("(Slurm job ") == 1
+    states = [job["state"] for job in json.loads((tmp_path / "summary.json").read_text())["jobs"]]
+    assert states == ["finished", "finished", "failed"]
 
 
 def test_one_task_that_is_killed_ends_the_job(own, slurm, tmp_path):

@@ -65,9 +65,12 @@ def test_the_wheel_holds_every_file_of_the_package(wheel_names: set[str]) -> Non
     assert {file.as_posix() for file in files} | callbacks <= wheel_names
 
 
-def test_the_wheel_holds_one_package_and_nothing_of_the_tests(wheel_names: set[str]) -> None:
+def test_the_wheel_holds_its_packages_and_nothing_of_the_tests(wheel_names: set[str]) -> None:
+    """Hydra looks for launchers in a namespace of its own, in which other projects have packages too."""
     packages = {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name}
-    assert packages == {"ivl_lightning"}
+    assert packages == {"ivl_lightning", "hydra_plugins"}
+    plugins = {name for name in wheel_names if name.startswith("hydra_plugins/")}
+    assert plugins == {f"hydra_plugins/ivl_lightning/{name}.py" for name in ("__init__", "launcher")}
     assert not [name for name in wheel_names if "test" in Path(name).name]
 
 
