@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ GROUPS = frozenset(
         "stage",
         "loss",
         "optim",
+        "eval",
         "trainer",
         "strategy",
         "preference",
@@ -42,12 +44,30 @@ def complete(arguments: Sequence[str], recipes: Sequence[str]) -> list[str]:
         arguments: of the command line.
         recipes: names of the recipe group.
     """
-    values = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    values = {key: value for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments)}
     added = []
     if "model" in values and "recipe" not in values:
         added.append(f"recipe={values['model'] if values['model'] in recipes else 'none'}")
     if "data.meta" in values and "data.val_meta" not in values:
         added.append("data.val_meta=null")
+    return _before_overrides(arguments, added)
+
+
+def with_job_launcher(arguments: Sequence[str]) -> list[str]:
+    """The arguments; those of a multirun let Hydra hand its jobs to `launch.multirun`.
+
+    Raises:
+        ConfigError: they choose one of Hydra's launchers, which know nothing of ranks, GPUs and stages.
+    """
+    if not {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
+        return list(arguments)
+    chosen = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") == "hydra/launcher"]
+    if chosen:
+        raise ConfigError(f"{chosen[0]} has no effect on train.py: use launcher=none, launcher=local or launcher=slurm")
+    return _before_overrides(arguments, ["hydra/launcher=ivl_lightning"])
+
+
+def _before_overrides(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
     # Before the first override: Hydra takes overrides neither in front of its flags nor behind them.
     place = next((index for index, argument in enumerate(arguments) if _is_override(argument)), len(arguments))
     return [*arguments[:place], *added, *arguments[place:]]
@@ -128,6 +148,7 @@ def literal(value: Any) -> str:
 
     Raises:
         TypeError: a value that has no such form.
+        ConfigError: a key of a mapping that has none.
     """
     if value is None:
         return "null"
@@ -140,8 +161,16 @@ def literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(literal(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{_key(key)}:{literal(item)}" for key, item in value.items()) + "}"
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as a Hydra override")
+
+
+def _key(key: object) -> str:
+    # Keys take no quotes: what means something to the grammar is escaped, and other signs have no form at all.
+    escaped = re.sub(r"([\\()\[\]{}:=, ])", r"\\\1", str(key))
+    if not re.fullmatch(r"(?:\\.|[A-Za-z0-9_/+.$%*@?|-])+", escaped):
+        raise ConfigError(f"{key!r} cannot be a key on a command line: use letters of ASCII, digits, _, - and blanks")
+    return escaped
 
 
 def _quoted(text: str) -> str:

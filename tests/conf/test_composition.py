@@ -246,9 +246,12 @@ def test_stage_1_5_sees_the_data_of_stage_1():
 def test_stage_names_and_aliases():
     assert stage_names([1, 1.5, "2"], []) == ["mlp_warmup", "vit_incremental", "instruction_tuning"]
     assert stage_names(None, ["instruction_tuning", "mlp_warmup"]) == ["mlp_warmup", "instruction_tuning"]
-    for wrong, message in ((["3"], "not known: use"), ([], "no stage"), (["1", "mlp_warmup"], "twice")):
+    assert stage_names(None, ["mine", "mlp_warmup"]) == ["mlp_warmup", "mine"]
+    for wrong, message in (([], "no stage"), (["1", "mlp_warmup"], "twice")):
         with pytest.raises(ConfigError, match=message):
             stage_names(wrong, STAGES)
+    with pytest.raises(ConfigError, match=r"stages=\['3'\] are not known: use language_warmup, .* stage/3\.yaml"):
+        stage_config("3")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +270,12 @@ def test_stage_names_and_aliases():
         ("stage.drop_path_rate=1.0", r"stage.drop_path_rate=1.0"),
         ("stage.trainable=[vit]", r"stage.trainable.0='vit': input should be 'vision', 'projector' or 'llm'"),
         ("data.val_rows=3", r"data.val_meta=.* and data.val_rows=3: give one"),
+        ("eval.metric=accuracy", r"eval.metric='accuracy': input should be 'exact_match', .* or 'box_accuracy'"),
+        ("eval.metrics={color: iou}", r"eval.metrics.color='iou': input should be 'exact_match'"),
+        ("eval.max_tiles=[6,0]", r"eval.max_tiles=\[6, 0\] must be different numbers of at least 1"),
+        ("eval.max_tiles=[6,6]", r"eval.max_tiles=\[6, 6\] must be different numbers of at least 1"),
+        ("eval.probe_rows=-1", "eval.probe_rows=-1 must be at least 1, or 0"),
+        ("eval.probe_every_n_steps=0", "eval.probe_every_n_steps=0 must be at least 1, or null"),
     ],
 )
 def test_wrong_settings_name_key_and_accepted_values(argument, message):
@@ -362,21 +371,3 @@ def test_values_survive_the_override_grammar(value):
 
 def test_flatten_keeps_order():
     assert list(flatten({"a": {"b": 1, "c": {"d": None}}, "e": {}})) == ["++a.b=1", "++a.c.d=null", "++e={}"]
-
-
-@pytest.mark.parametrize("sweep", names("sweep"))
-def test_sweep_commands_are_parsed_back(sweep):
-    """YAML -> the argv an agent would run, by W&B's own functions -> our parser: every key is a setting."""
-    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    config = yaml.safe_load((CONF / f"sweep/{sweep}.yaml").read_text())
-    chosen = {
-        key: {"value": spec["values"][0] if "values" in spec else spec.get("value", spec.get("min"))}
-        for key, spec in config["parameters"].items()
-    }
-    arguments = utils.create_sweep_command_args({"args": chosen})["args_no_hyphens"]
-    check_keys(arguments)
-    values = {override.key_or_group: override.value() for override in parse(arguments)}
-    assert values == {key: spec["value"] for key, spec in chosen.items()}
-    assert "${args_no_hyphens}" in config["command"]
-    assert config["metric"]["name"].startswith("val/")
-    stage_config("instruction_tuning", "data.meta=M", *arguments)
