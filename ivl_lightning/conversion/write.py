@@ -19,6 +19,7 @@ from ivl_lightning.conversion.companions import known_template, write_companions
 from ivl_lightning.conversion.json_files import write_json
 from ivl_lightning.conversion.parity import ParityReport, compare
 from ivl_lightning.conversion.processor_files import check_vocabulary
+from ivl_lightning.data.templates import get_template
 from ivl_lightning.inference.progress import PassProgress
 from ivl_lightning.models.checkpoint import CONFIG_NAME, Checkpoint, table_of
 from ivl_lightning.models.original_config import is_transposed, keep_record
@@ -65,6 +66,7 @@ def write_checkpoint(
     if target.is_symlink():
         target = target.resolve()
     if config.template is not None:
+        get_template(config.template)
         keep_record(checkpoint.config, config.template)
     _check_apart(checkpoint, target)
     kept = target.with_name(f"{target.name}.{PARITY_NAME}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra import compose
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,15 +22,15 @@ ALIASES = {"1": "mlp_warmup", "1.5": "vit_incremental", "2": "instruction_tuning
 def stage_names(requested: Sequence[object] | None, recipe_stages: Sequence[str]) -> list[str]:
     """Stages to run, in order; aliases 1, 1.5, 2 and mpo are accepted.
 
+    A recipe's stages run in the order of the paper; those of the user's own come behind them, in the recipe's order.
+
     Raises:
-        ConfigError: an unknown stage, one named twice, or none at all.
+        ConfigError: a stage named twice, or none at all.
     """
     if requested is None:
-        requested = [name for name in STAGES if name in recipe_stages]
+        own = [name for name in recipe_stages if name not in STAGES]
+        requested = [*(name for name in STAGES if name in recipe_stages), *own]
     names = [ALIASES.get(str(name), str(name)) for name in requested]
-    unknown = [name for name in names if name not in STAGES]
-    if unknown:
-        raise ConfigError(f"stages={unknown} are not known: use {', '.join(STAGES)} (or {', '.join(ALIASES)})")
     if not names:
         raise ConfigError("there is no stage to run: give stages=[...], or a recipe that lists some")
     if len(set(names)) < len(names):
@@ -49,16 +50,29 @@ def compose_stage(name: str, arguments: Sequence[str], *, run_dir: str, recipe: 
     Raises:
         ConfigError: misspelt or missing settings, wrong types, contradictions.
     """
-    fixed = [f"stage={name}", f"run_dir={literal(run_dir)}"]
+    fixed = [f"stage={literal(name)}", f"run_dir={literal(run_dir)}"]
     if recipe is None:
-        recipe = compose("train", overrides=[*arguments, *fixed]).recipe
+        recipe = _compose(name, [*arguments, *fixed]).recipe
     plain = OmegaConf.to_container(recipe, resolve=False)
     assert isinstance(plain, dict)
     entry = (plain.get("stages") or {}).get(name) or {}
-    composed = compose("train", overrides=[*flatten(entry), *arguments, *fixed])
+    composed = _compose(name, [*flatten(entry), *arguments, *fixed])
     config = load(RunConfig, _with_stage_data(values_without_stages(composed), name))
     validate(config)
     return config
+
+
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        return compose("train", overrides=list(overrides))
+    except MissingConfigException as error:
+        if error.missing_cfg_file != f"stage/{name}":
+            raise
+        known = [*STAGES, *sorted(set(error.options or ()) - set(STAGES))]
+        raise ConfigError(
+            f"stages={[name]} are not known: use {', '.join(known)} (or {', '.join(ALIASES)}), or add a file "
+            f"stage/{name}.yaml of your own (docs/extending.md)"
+        ) from None
 
 
 def values_without_stages(composed: DictConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from rich import print as rich_print
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ivl_lightning.checkpoints.complete import checkpoints_in, faults, steps_of
@@ -24,7 +25,7 @@ from ivl_lightning.checkpoints.run_folders import tower_folder
 from ivl_lightning.checkpoints.source import Combined, MemorySource
 from ivl_lightning.checkpoints.weights import full_state_dict
 from ivl_lightning.config.check import ConfigError, load
-from ivl_lightning.config.schema import ModelConfig, RunConfig
+from ivl_lightning.config.schema import LossConfig, ModelConfig, RunConfig
 from ivl_lightning.constants import CHECKPOINTS_FOLDER, WEIGHTS_FOLDER
 from ivl_lightning.conversion.write import write_trained
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
@@ -32,10 +33,14 @@ from ivl_lightning.data.preference_datamodule import PreferenceDataModule
 from ivl_lightning.data.templates import template_of
 from ivl_lightning.launch.adapter import ADAPTER_FOLDER, save_adapter
 from ivl_lightning.launch.finished import Finished, deciding_settings, weights_hash
+from ivl_lightning.launch.loggers import log_settings
 from ivl_lightning.launch.network import cost_of, shapes_of, tokenizer_of
 from ivl_lightning.launch.replay_step import replay_checkpoint, replay_step
+from ivl_lightning.launch.started import note_machine
+from ivl_lightning.launch.tile_curve import trace_tile_curve
 from ivl_lightning.launch.trainer import build_trainer, newest_checkpoint
 from ivl_lightning.losses.mpo import PreferenceMixture
+from ivl_lightning.losses.next_token import NextTokenLoss
 from ivl_lightning.models.build import has_weights, weight_sources
 from ivl_lightning.models.checkpoint import Checkpoint
 from ivl_lightning.models.donor import open_donor
@@ -69,30 +74,46 @@ def run_stage(folder: Path) -> None:
     trainer = build_trainer(config, folder, [losses, inputs])
     if checkpoint is None and trainer.is_global_zero:
         inputs.hash = input_hash(config)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(asdict(config))
+    log_settings(config, trainer)
+    note_machine(trainer, folder)
     start = time.monotonic()
     trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     if losses.validated_at != trainer.global_step:
         trainer.validate(stage, datamodule, verbose=False)
     state_dict = full_state_dict(stage.internvl)
     if trainer.is_global_zero:
-        if config.lora.parts:
-            base = config.init_from or config.model.path
-            save_adapter(stage, state_dict, base, folder / ADAPTER_FOLDER, donor=config.scaling.donor)
-        tensors = MemorySource(stage.merged(state_dict), "the trained network")
-        write_trained(
-            Checkpoint(
-                folder,
-                stage.internvl.config,
-                tensors,
-                tokenizer=lambda: tokenizer,
-                generation=stage.internvl.generation_config,
-            ),
-            folder / WEIGHTS_FOLDER,
-        )
+        _write_weights(config, folder, stage, state_dict, tokenizer)
+    del state_dict
+    # Behind the weights: pictures of many tiles may be more than the memory takes.
+    if config.eval.max_tiles is not None:
+        trace_tile_curve(trainer, stage, datamodule, folder)
+    if trainer.is_global_zero:
         _finish(config, folder, stage, trainer, losses, inputs, datamodule, time.monotonic() - start)
     trainer.strategy.barrier()
+
+
+def _write_weights(
+    config: RunConfig,
+    folder: Path,
+    stage: Stage,
+    state_dict: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The trained network, and its adapters where there are some; `state_dict` is used up."""
+    if config.lora.parts:
+        base = config.init_from or config.model.path
+        save_adapter(stage, state_dict, base, folder / ADAPTER_FOLDER, donor=config.scaling.donor)
+    tensors = MemorySource(stage.merged(state_dict), "the trained network")
+    write_trained(
+        Checkpoint(
+            folder,
+            stage.internvl.config,
+            tensors,
+            tokenizer=lambda: tokenizer,
+            generation=stage.internvl.generation_config,
+        ),
+        folder / WEIGHTS_FOLDER,
+    )
 
 
 def _replay(config: RunConfig, folder: Path) -> None:
@@ -119,12 +140,13 @@ def _told(checkpoint: Path | None, folder: Path) -> Path | None:
 
 
 class LossEnds(Callback):
-    """Remembers the first and the last training loss, over restarts too, and when validation last ran."""
+    """Remembers the first and the last training loss, over restarts too, and step and scores of the last validation."""
 
     def __init__(self) -> None:
         self.first: float | None = None
         self.last = float("nan")
         self.validated_at: int | None = None
+        self.scores: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Read the loss of a finished step."""
@@ -138,6 +160,8 @@ class LossEnds(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The scores of this step need not be taken again."""
         self.validated_at = trainer.global_step
+        metrics = trainer.callback_metrics
+        self.scores = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in checkpoints."""
@@ -182,7 +206,7 @@ def _finish(
         steps=trainer.global_step,
         loss_first=float("nan") if losses.first is None else losses.first,
         loss_last=losses.last,
-        scores={name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        scores=losses.scores,
         seconds=seconds,
         rejected=dict(datamodule.ledger.counts),
         averaged=stage.averaged,
@@ -233,6 +257,7 @@ def build_datamodule(
         patch_size=patch_size(shapes),
         downsample_ratio=shapes.downsample_ratio,
         cost=cost_of(config.model, config.stage, shapes, config.lora),
+        tile_limits=config.eval.max_tiles or (),
         look_again=look_again,
     )
 
@@ -251,7 +276,7 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
             "quantized are read once more in the end, so give model.path=FOLDER or init_from=RUN"
         )
     stage_class = get_class(settings._target_)
-    own = preference_options(config) if settings.rows == "pairs" else {"loss": instantiate(asdict(config.loss))}
+    own = preference_options(config) if settings.rows == "pairs" else {"loss": loss_head(config.loss)}
     return stage_class(
         ConfiguredNetwork(initial_settings(config), tokenizer, seed=config.seed),
         **own,
@@ -261,10 +286,28 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
         drop_path_rate=settings.drop_path_rate,
         activation_checkpointing=config.model.activation_checkpointing,
         generation_tokens=settings.generation_tokens,
+        evaluation=config.eval,
         sharding=config.strategy,
         lora=config.lora,
         seed=config.seed,
     )
+
+
+def loss_head(settings: LossConfig) -> NextTokenLoss:
+    """The loss head of a supervised stage.
+
+    Raises:
+        ConfigError: there is no such class, or it does not take these arguments.
+    """
+    arguments = asdict(settings)
+    own = arguments.pop("options") or {}
+    try:
+        head = instantiate({**arguments, **own})
+    except InstantiationException as error:
+        raise ConfigError(f"loss._target_={settings._target_} cannot be built: {error.__cause__ or error}") from error
+    if not isinstance(head, NextTokenLoss):
+        raise ConfigError(f"loss._target_={settings._target_} is no subclass of NextTokenLoss (docs/extending.md)")
+    return head
 
 
 def preference_options(config: RunConfig) -> dict[str, Any]:
