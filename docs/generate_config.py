@@ -16,6 +16,8 @@ from ivl_lightning.config.chat import ChatConfig, ChatModel
 from ivl_lightning.config.convert import ConvertConfig, ExportConfig
 from ivl_lightning.config.plan import PlanConfig
 from ivl_lightning.config.preferences import PreferencesConfig
+from ivl_lightning.config.report import ReportConfig
+from ivl_lightning.config.sweep import SweepConfig
 
 TARGET = Path(__file__).with_name("config.md")
 
@@ -30,16 +32,20 @@ GROUPS: dict[str, type] = {
     "preference": schema.PreferenceConfig,
     "lora": schema.LoraSettings,
     "optim": schema.OptimConfig,
+    "eval": schema.EvalConfig,
     "trainer": schema.TrainerConfig,
     "strategy": schema.StrategyConfig,
     "launcher": schema.LauncherConfig,
     "scaling": schema.ScalingConfig,
+    "objective": schema.ObjectiveConfig,
     "recipe": schema.RecipeConfig,
     "ivl-audit": AuditConfig,
     "ivl-plan plan": PlanConfig,
+    "ivl-sweep": SweepConfig,
     "ivl-preferences": PreferencesConfig,
     "ivl-convert": ConvertConfig,
     "ivl-export": ExportConfig,
+    "ivl-report": ReportConfig,
     "ivl-chat": ChatConfig,
     "ivl-chat model": ChatModel,
 }

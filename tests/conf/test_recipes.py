@@ -1,6 +1,7 @@
 """The recipes of the family's members against the published numbers, tests/fixtures/recipes/published.csv."""
 
 import csv
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -249,6 +250,20 @@ def test_what_a_name_brings():
     assert (domain.model.name, domain.recipe.model) == ("internvl2_4b", None)
     composed = launch_compose.compose("train", overrides=[*arguments("finetune/internvl2_5_8b"), "++seed=1"])
     assert composed.run_dir == "runs/finetune/internvl2_5_8b"
+
+
+def test_the_pages_of_the_recipes_are_up_to_date():
+    """docs/recipes/*.md say what the recipes compose to."""
+    spec = importlib.util.spec_from_file_location("generate_recipes", ROOT / "docs/generate_recipes.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    told = generator.pages(
+        lambda recipe: {
+            stage: stage_config(recipe, stage) for stage in launch_compose.stage_names(None, STAGES[recipe])
+        }
+    )
+    there = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs/recipes").glob("*.md")}
+    assert there == dict(told), "run `python docs/generate_recipes.py`"
 
 
 def test_the_meta_of_1_2():
