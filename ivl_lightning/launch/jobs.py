@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
@@ -17,7 +17,7 @@ from ivl_lightning.config.check import ConfigError
 from ivl_lightning.constants import PREEMPTED_EXIT_CODE
 from ivl_lightning.launch.gpus import VISIBLE, visible_gpus
 from ivl_lightning.launch.job import BEGIN, Job, JobOutcome
-from ivl_lightning.launch.signals import ENDING, RELAYED, REQUEUE_SIGNAL
+from ivl_lightning.launch.signals import ENDING, REQUEUE_SIGNAL, taking_signals
 
 JOB_COMMAND = (sys.executable, "-m", "ivl_lightning.cli.job")
 _LOOK_SECONDS = 0.1
@@ -85,7 +85,7 @@ class LocalJobs:
         return set(self.received) == {REQUEUE_SIGNAL.name}
 
     def __enter__(self) -> LocalJobs:
-        self._listening = self._take_signals()
+        self._listening = taking_signals(self._take)
         self._listening.__enter__()
         return self
 
@@ -193,15 +193,6 @@ class LocalJobs:
             # It was asked before it listened: nothing is lost.
             code = PREEMPTED_EXIT_CODE
         return JobOutcome(job, code, time.monotonic() - entry.began)
-
-    @contextmanager
-    def _take_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._take) for number in RELAYED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)

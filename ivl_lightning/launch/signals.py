@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 RELAYED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -23,6 +23,17 @@ _REPEAT_SECONDS = 1.0
 def shell_code(code: int) -> int:
     """Exit code of a process as a shell gives it, also of one that a signal has killed."""
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def taking_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a handler take the signals that are for what runs below this process, for the length of the block."""
+    before = {number: signal.signal(number, handler) for number in RELAYED}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class StopRequestedError(BaseException):
@@ -65,15 +76,9 @@ class SignalRelay:
         self._kept: signal.Signals | None = None
         self._first_at: float | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Take signals for the length of the block."""
-        before = {number: signal.signal(number, self._take) for number in RELAYED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return taking_signals(self._take)
 
     @contextmanager
     def relaying_to(self, stage: subprocess.Popen[bytes]) -> Iterator[None]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from ivl_lightning.reporting.job_table import JobRow, JobTable
+from ivl_lightning.reporting.pages import render_page
 from ivl_lightning.reporting.table import NONE
 
 PAGE_NAME, JSON_NAME, CSV_NAME = "summary.html", "summary.json", "summary.csv"
@@ -33,9 +31,8 @@ def render(table: JobTable) -> str:
     # Imported late: matplotlib takes its time, and only drawing needs it.
     from ivl_lightning.reporting.job_figure import job_figure
 
-    template = files("ivl_lightning.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return pages.from_string(template).render(
+    return render_page(
+        _TEMPLATE,
         name=table.folder.resolve().name,
         table=table,
         headline=_headline(table),

@@ -7,7 +7,9 @@ import pytest
 
 from ivl_lightning.checkpoints.lineage import ancestors, read_lineage, tower_tokens
 from ivl_lightning.constants import STAGES
-from tests.commands import train
+from ivl_lightning.data.sample_file import SAMPLES_NAME, read_cards
+from ivl_lightning.environment import ENVIRONMENT_NAME
+from tests.commands import ROOT, logged, train
 
 SEQUELS = ("carried/mlp_warmup", "control/mlp_warmup")
 SMOKE = ("experiment=miniature_smoke", "trainer.threads=1")
@@ -69,8 +71,11 @@ def test_the_run_folder_holds_everything(run):
         assert (folder / stage / "config.yaml").is_file()
         assert (folder / stage / "weights/model.safetensors").is_file()
         assert (folder / stage / "weights/tokenizer.json").is_file()
-        assert "train/loss" in next((folder / stage / "csv").glob("version_*/metrics.csv")).read_text()
-        assert (folder / stage / "samples.jsonl").is_file()
+        assert logged(folder / stage, "train/loss")
+        steps = json.loads((folder / stage / "done.json").read_text())["steps"]
+        assert {card.step for card in read_cards(folder / stage / SAMPLES_NAME)} == {0, steps}
+        (start,) = json.loads((folder / stage / ENVIRONMENT_NAME).read_text())
+        assert (start["devices"], start["folder"]) == ("1 x CPU", str(ROOT))
 
 
 def test_the_tower_is_carried_to_another_run(run):

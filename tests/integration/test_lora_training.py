@@ -1,6 +1,5 @@
 """LoRA on the command line: killed and continued, merged weights and the adapter alone, the next stage."""
 
-import csv
 import importlib.util
 import json
 from dataclasses import replace
@@ -17,18 +16,9 @@ from ivl_lightning.launch.finished import weights_hash
 from ivl_lightning.launch.run_stage import read_config, run_stage, write_config
 from ivl_lightning.models.build import load_model
 from tests import tiny
-from tests.commands import kill_behind, own_arguments, train
+from tests.commands import kill_behind, logged, logged_steps, own_arguments, train
 
 STEPS = 12
-
-
-def losses(stage):
-    """Training loss by step, of all attempts; a step that was trained twice keeps the later value."""
-    found = {}
-    for path in sorted((stage / "csv").glob("version_*/metrics.csv")):
-        with path.open() as file:
-            found |= {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +33,21 @@ def run(tmp_path_factory):
         "optim.lr=1e-2",
         "optim.warmup_steps=0",
         "trainer.checkpoint_every_n_steps=1",
-        "logger.csv.flush_logs_every_n_steps=1",
     ]
     stage = folder / "run/instruction_tuning"
-    kill_behind(stage, "step=0000000[3-9].ckpt", *options)
+    saved = kill_behind(stage, "step=0000000[3-9].ckpt", *options)
+    lines = len(logged_steps(stage))
     again = train(*options, f"run_dir={folder}/run")
     assert again.returncode == 0, again.stderr[-3000:]
     assert "(LoRA)" in again.stdout
+    assert min(logged_steps(stage)[lines:]) == saved + 1
     return stage
 
 
 def stage_beside(run, name, **changes):
     """Run a stage in this process with the settings of `run`, but for some; returns its folder."""
     config, folder = read_config(run), run.parent / name
-    logger = {"csv": {**config.logger["csv"], "save_dir": str(folder)}}
-    write_config(replace(config, logger=logger, callbacks={}, **changes), folder)
+    write_config(replace(config, logger={}, callbacks={}, **changes), folder)
     run_stage(folder)
     return folder
 
@@ -71,11 +61,9 @@ def test_killed_and_started_again(run):
     config = read_config(run)
     assert config.lora.dropout == 0.05
     assert config.stage.drop_path_rate == 0.1
-    second = (run / "csv/version_1/metrics.csv").read_text().splitlines()
-    assert min(int(row["step"]) for row in csv.DictReader(second) if row["train/loss"]) >= 3
     whole = stage_beside(run, "whole")
-    assert len(losses(run)) == STEPS
-    assert losses(run) == losses(whole)
+    assert len(logged(run, "train/loss")) == STEPS
+    assert logged(run, "train/loss") == logged(whole, "train/loss")
     ours, wanted = (load_file(stage / "weights/model.safetensors") for stage in (run, whole))
     assert all(torch.equal(ours[name], value) for name, value in wanted.items())
     kept = PartsReader(next((run / "checkpoints").glob("*.ckpt"))).names()
@@ -147,7 +135,7 @@ def test_a_4_bit_run_writes_weights_of_full_precision(run):
     lora = LoraSettings(parts=["llm"], rank=2, quantize="nf4", targets={"llm": ["q_proj"]})
     stage = replace(read_config(run).stage, trainable=None)
     after = stage_beside(run, "qlora", stage=stage, lora=lora)
-    assert len(set(losses(after).values())) == STEPS
+    assert len(set(logged(after, "train/loss").values())) == STEPS
     source = run.parents[1] / "model"
     before, merged = (load_file(folder / "model.safetensors") for folder in (source, after / "weights"))
     assert merged.keys() == before.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import shutil
@@ -50,6 +49,7 @@ from ivl_lightning.models.build import load_model
 from ivl_lightning.models.donor import DonorError
 from ivl_lightning.models.loader import ConfiguredNetwork
 from ivl_lightning.models.tokenizer import load_tokenizer
+from ivl_lightning.reporting.logged_metrics import read_metrics
 from ivl_lightning.stages.base import Stage
 from ivl_lightning.stages.mlp_warmup import MLPWarmup
 from ivl_lightning.stages.vit_incremental import ViTIncremental
@@ -422,7 +422,6 @@ def common(folders: Folders, steps: int = 1) -> list[str]:
         "trainer.progress_bar=false",
         "callbacks.sample_cards=null",
         "callbacks.run_progress=null",
-        "logger.csv.flush_logs_every_n_steps=1",
         f"trainer.max_steps={steps}",
     ]
 
@@ -498,10 +497,8 @@ def test_stopped_and_continued(folders: Folders, tmp_path: Path) -> None:
 
 
 def tokens_in(stage: Path) -> int:
-    """Tokens of all datasets by the last row of the stage's csv."""
-    with next((stage / "csv").glob("version_0/metrics.csv")).open() as file:
-        last = [row for row in csv.DictReader(file) if row["train/loss"]][-1]
-    return sum(int(float(value)) for name, value in last.items() if name.startswith("data/tokens/"))
+    """Tokens of all datasets as the last step has logged them."""
+    return int(sum(read_metrics(stage).last("data/tokens/").values()))
 
 
 def test_stopped_and_continued_without_its_donor(folders: Folders, tmp_path: Path) -> None:
@@ -653,7 +650,7 @@ def test_a_wrong_donor_costs_nothing(
     with pytest.raises(ValueError, match=message) as caught:
         run_here(going_on(folders, tmp_path / "run", donor))
     assert f"scaling.donor={donor}" in str(caught.value)
-    assert leavings(tmp_path / "run/vit_incremental") <= {"config.yaml", "csv", "ledger.jsonl"}
+    assert leavings(tmp_path / "run/vit_incremental") <= {"config.yaml", "csv", "environment.json", "ledger.jsonl"}
 
 
 def leavings(stage: Path) -> set[str]:

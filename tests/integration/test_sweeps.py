@@ -172,6 +172,7 @@ def test_without_the_package_the_command_says_what_to_install():
     assert ended.stderr == "error: ivl-sweep needs W&B's search: pip install 'ivl-lightning[sweeps]'\n"
 
 
+@pytest.mark.soak
 def test_the_command_from_a_file_to_a_summary(tmp_path):
     """A sweep of one point that holds null, a list and a nested mapping: trained, logged for W&B without a server, and
     in the summary, by a metric that no validation has.

@@ -65,6 +65,29 @@ def processes_of(process, program, rank):
     ]
 
 
+def test_a_stage_of_two_ranks(own, tmp_path):
+    """The run folder's name is from the clock: both ranks must take rank 0's."""
+    name = "${now:%H-%M-%S-%f}"
+    process = start(*own, "strategy=ddp", "trainer.devices=2", "stages=[1]", f"run_dir='{tmp_path}/{name}'")
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    (run,) = tmp_path.iterdir()
+    assert output.count(f"report: {run}/report.html") == 1
+    assert finished(run, STAGES[:1])[0]["steps"] == 2
+
+
+def test_a_mistake_is_told_once(own, tmp_path):
+    """Two ranks, and settings for one."""
+    process = start(*own, "stages=[2]", f"run_dir={tmp_path}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    told = "torchrun started 1 x 2 processes (nodes x processes), but trainer.devices=1"
+    assert errors.count(told) == 1
+    assert errors.count("add trainer.devices=2 trainer.num_nodes=1 strategy=ddp") == 1
+    assert not (tmp_path / STAGES[2]).exists()
+
+
+@pytest.mark.soak
 def test_a_chain_of_two_ranks_is_killed_and_goes_on(own, tmp_path):
     """The first start makes its run folder's name from the clock: both ranks must take rank 0's.
 
@@ -94,17 +117,6 @@ def test_a_chain_of_two_ranks_is_killed_and_goes_on(own, tmp_path):
     first, second = finished(run, STAGES[:2])
     assert (first["steps"], second["steps"]) == (2, 30)
     assert second["input_weights"] == first["output_weights"]
-
-
-def test_a_mistake_is_told_once(own, tmp_path):
-    """Two ranks, and settings for one."""
-    process = start(*own, "stages=[2]", f"run_dir={tmp_path}")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
-    told = "torchrun started 1 x 2 processes (nodes x processes), but trainer.devices=1"
-    assert errors.count(told) == 1
-    assert errors.count("add trainer.devices=2 trainer.num_nodes=1 strategy=ddp") == 1
-    assert not (tmp_path / STAGES[2]).exists()
 
 
 @pytest.mark.soak

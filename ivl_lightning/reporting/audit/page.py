@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import TypeVar
-
-from jinja2 import Environment, StrictUndefined
 
 from ivl_lightning.reporting.audit.audit import Audit
 from ivl_lightning.reporting.audit.figures import histogram_figure
 from ivl_lightning.reporting.audit.findings import DatasetFacts, Forecast
 from ivl_lightning.reporting.audit.statistics import MEASURES
+from ivl_lightning.reporting.pages import render_page
 from ivl_lightning.reporting.table import percent
 
 MOST_LINES = 500
@@ -45,9 +43,8 @@ def render(audit: Audit, command: str, versions: dict[str, str]) -> str:
     """
     validation = [] if audit.validation is None else audit.validation.rejects
     rejects = [*audit.rejects, *validation]
-    template = files("ivl_lightning.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return pages.from_string(template).render(
+    return render_page(
+        _TEMPLATE,
         audit=audit,
         headline=_headline(audit),
         dataset_columns=DATASET_COLUMNS,
