@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ivl_lightning.whole_files import write_whole
+
 WAITING = "waiting for data"
 _RECORDS_SHOWN = 6
 
@@ -39,10 +41,7 @@ class Heartbeat:
 
     def write(self, folder: Path) -> None:
         """Write it whole or not at all."""
-        path = _file(folder, self.rank)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")
-        aside.replace(path)
+        write_whole(_file(folder, self.rank), json.dumps(asdict(self), ensure_ascii=False))
 
     def told(self) -> str:
         """One line for people."""

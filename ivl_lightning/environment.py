@@ -11,6 +11,8 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from ivl_lightning.whole_files import write_whole
+
 ENVIRONMENT_NAME = "environment.json"
 """In a stage's folder: where it ran, one entry for each start on another machine or with other code."""
 
@@ -52,7 +54,8 @@ def note_start(folder: Path, facts: Mapping[str, str]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps([*starts, {"started": now(), **found}], indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    # In one move: a start that is killed here must not keep the next one from reading it.
+    write_whole(file, text + "\n")
 
 
 def git_commit(root: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ivl_lightning.constants import WEIGHTS_FOLDER
+from ivl_lightning.whole_files import write_whole
 
 LINEAGE_NAME = "lineage.json"
 FORMAT = 1
@@ -97,9 +98,7 @@ def read_lineage(folder: Path) -> Lineage | None:
 
 def write_lineage(lineage: Lineage, folder: Path) -> None:
     """Write lineage.json, whole or not at all."""
-    aside = folder / f"{LINEAGE_NAME}.tmp"
-    aside.write_text(json.dumps(_flat(lineage), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(folder / LINEAGE_NAME)
+    write_whole(folder / LINEAGE_NAME, json.dumps(_flat(lineage), indent=2, ensure_ascii=False) + "\n")
 
 
 def ancestors(lineage: Lineage) -> list[Lineage]:

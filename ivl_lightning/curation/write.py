@@ -18,7 +18,7 @@ import numpy as np
 from ivl_lightning.config.preferences import PreferencesConfig
 from ivl_lightning.curation.answers import RIGHT_ABOVE, final_answer, score
 from ivl_lightning.curation.dropout import seen_by_blind
-from ivl_lightning.curation.files import whole_file, write_json, write_line
+from ivl_lightning.curation.files import write_json, write_line
 from ivl_lightning.curation.pairs import Judged, Pair, right_by_wrong
 from ivl_lightning.curation.questions import Question, Questions
 from ivl_lightning.curation.responses import ResponsesFile
@@ -28,6 +28,7 @@ from ivl_lightning.data.annotations import DatasetSpec
 from ivl_lightning.data.ledger import Ledger, reject
 from ivl_lightning.data.measuring import digest_number
 from ivl_lightning.structures import RowError
+from ivl_lightning.whole_files import whole_file
 
 ALL_WRONG, REJECTED = "all_wrong", "rejected"
 

@@ -12,6 +12,7 @@ from typing import Any
 from ivl_lightning.config.check import ConfigError
 from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.constants import DONE_NAME
+from ivl_lightning.whole_files import write_whole
 
 # Settings that say how a stage ran and not what it learned.
 _VOLATILE: tuple[str, ...] = (
@@ -92,9 +93,7 @@ class Finished:
 
     def write(self, folder: Path) -> None:
         """Write done.json, whole or not at all."""
-        aside = folder / f"{DONE_NAME}.tmp"
-        aside.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
-        aside.replace(folder / DONE_NAME)
+        write_whole(folder / DONE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False))
 
 
 def read_finished(folder: Path) -> Finished | None:

@@ -13,6 +13,7 @@ from ivl_lightning.config.schema import RunConfig
 from ivl_lightning.launch.finished import deciding_settings
 from ivl_lightning.launch.planned_jobs import State
 from ivl_lightning.launch.sweep_file import SweepFile
+from ivl_lightning.whole_files import write_whole
 
 STATE_NAME = "sweep.json"
 _COMPARED = ("method", "metric", "parameters", "early_terminate")
@@ -60,9 +61,7 @@ class SweepState:
     def write(self, folder: Path) -> None:
         """Write sweep.json, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{STATE_NAME}.tmp"
-        aside.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
-        aside.replace(folder / STATE_NAME)
+        write_whole(folder / STATE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False))
 
 
 def read_state(folder: Path) -> SweepState | None:

@@ -13,6 +13,7 @@ from ivl_lightning.constants import TILE_CURVE_NAME
 from ivl_lightning.data.datamodule import DynamicPackingDataModule
 from ivl_lightning.stages.answer_scores import SCORE
 from ivl_lightning.stages.base import Stage
+from ivl_lightning.whole_files import write_whole
 
 
 def trace_tile_curve(
@@ -35,7 +36,7 @@ def trace_tile_curve(
     if trainer.is_global_zero:
         if len(datamodule.rows_at_limits) < max(len(datamodule.answered_rows), 1):
             rich_print(_left_out(datamodule))
-        (folder / TILE_CURVE_NAME).write_text(json.dumps(points, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_whole(folder / TILE_CURVE_NAME, json.dumps(points, indent=1, ensure_ascii=False))
     return points
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ivl_lightning.environment import environment, now
 from ivl_lightning.reporting.audit.audit import Audit
 from ivl_lightning.reporting.audit.flagged import Flagged
 from ivl_lightning.reporting.audit.opened import Example
+from ivl_lightning.whole_files import whole_file, write_whole
 
 PAGE_NAME, DATA_NAME = "audit.html", "audit.json"
 
@@ -37,8 +37,9 @@ def write_audit(audit: Audit, folder: Path, command: str) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"written": now(), **environment()}
-    write_whole(folder / DATA_NAME, as_text({**audit.as_json(), "command": command, "environment": versions}))
-    write_whole(folder / PAGE_NAME, [render(audit, command, versions)])
+    with whole_file(folder / DATA_NAME) as file:
+        file.writelines(as_text({**audit.as_json(), "command": command, "environment": versions}))
+    write_whole(folder / PAGE_NAME, render(audit, command, versions))
     return folder / PAGE_NAME
 
 
@@ -54,21 +55,6 @@ def _plain(value: object) -> dict[str, Any]:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     raise TypeError(f"{type(value).__name__} has no form in JSON")
-
-
-def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Write a text file at once: whoever looks sees the old one or the new one.
-
-    Raises:
-        OSError: it cannot be written; nothing is left beside it.
-    """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def drop_list(flagged: list[Flagged], rules: Collection[str] | None) -> str:
@@ -110,4 +96,4 @@ def write_drop_list(path: Path, text: str, exclude: Path | None = None) -> None:
     grows = exclude is not None and path.exists() and path.samefile(exclude)
     if not grows and path.is_file() and path.read_text(encoding="utf-8") != known + text:
         raise FileExistsError(f"drop={path} is there and would change: look at it, then remove it or give another name")
-    write_whole(path, [known, text])
+    write_whole(path, known + text)
